@@ -1,0 +1,22 @@
+"What every test shares: the environment of a smoke run, and where data and golden numbers lie"
+import os
+os.environ |= dict(NO_ALBUMENTATIONS_UPDATE='1', MPLBACKEND='Agg')
+os.environ.setdefault('OMP_NUM_THREADS', '1')   # before torch is imported: pytest runs two workers on two cores
+
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+@pytest.fixture(scope='session')
+def root(): return ROOT
+
+@pytest.fixture(scope='session')
+def golden(): return ROOT/'tests'/'golden'
+
+@pytest.fixture(scope='session')
+def shared_data():
+    "Real images beside the project, where they are at hand"
+    path = ROOT.parent/'shared'/'data'
+    if not path.is_dir(): pytest.skip('needs ../shared/data')
+    return path

@@ -1,0 +1,62 @@
+#!/usr/bin/env python3
+"""Work on the notebook pages from the shell.
+
+    python tools/nb.py py nbs/30_losses.ipynb          # page -> pages/30_losses.py in the temporary folder (py:percent), to edit
+    python tools/nb.py save $TMPDIR/pages/30_losses.py # edited text -> page; ids, tags and outputs of unchanged cells stay
+    python tools/nb.py run nbs/30_losses.ipynb ...     # execute and store real outputs (skips `#| slow`, `gpu`, `notest` cells)
+    python tools/nb.py cells nbs/30_losses.ipynb       # one line per cell: id, kind, first line
+"""
+import os,re,subprocess,sys,tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TMP = Path(tempfile.gettempdir())/'pages'
+SKIP = re.compile(r'^\s*#\s*\|\s*(slow|gpu|notest|eval:\s*false)\b', re.M)
+
+def jupytext(*args): subprocess.run([sys.executable, '-m', 'jupytext', '-q', *map(str, args)], check=True)
+
+def to_py(page):
+    "Write the page as a py:percent text to edit"
+    TMP.mkdir(exist_ok=True)
+    out = TMP/(Path(page).stem+'.py')
+    jupytext('--to', 'py:percent', page, '-o', out)
+    print(out)
+
+def save(text, page=None):
+    "Put an edited text back into its page (`--update`: ids, tags, outputs of unchanged cells stay)"
+    text = Path(text)
+    page = Path(page) if page else next(iter(ROOT.glob(f'nbs/**/{text.stem}.ipynb')), ROOT/'nbs'/f'{text.stem}.ipynb')
+    page.parent.mkdir(parents=True, exist_ok=True)
+    jupytext('--to', 'ipynb', *(['--update'] if page.exists() else []), text, '-o', page)
+    print(page)
+
+def run(page, timeout=1200):
+    "Execute the page as nbdev_test would and store its outputs; warnings and progress bars (stderr) are dropped"
+    import nbformat
+    from nbclient import NotebookClient
+    nb = nbformat.read(page, 4)
+    left = [c for c in nb.cells if c.cell_type=='code' and not SKIP.search(c.source)]
+    whole, nb.cells = nb.cells, left
+    os.environ |= dict(IN_TEST='1', NO_ALBUMENTATIONS_UPDATE='1')
+    try: NotebookClient(nb, timeout=timeout, kernel_name='python3', resources=dict(metadata=dict(path=str(Path(page).resolve().parent)))).execute()
+    finally:
+        for c in left:
+            c.outputs = [o for o in c.outputs if not (o.output_type=='stream' and o.name=='stderr')]
+            c.execution_count = None
+            c.metadata.pop('execution', None)
+            for o in c.outputs:
+                if 'execution_count' in o: o['execution_count'] = None
+        nb.cells = whole
+    nb.metadata = dict(kernelspec=dict(display_name='python3', language='python', name='python3'))
+    nbformat.write(nb, page)
+    print('ran', page)
+
+def cells(page):
+    "List the cells"
+    import nbformat
+    for c in nbformat.read(page, 4).cells: print(c.get('id', '-'), c.cell_type, (c.source.splitlines() or [''])[0][:100])
+
+if __name__=='__main__':
+    if len(sys.argv)<3: sys.exit(__doc__)
+    verb,*args = sys.argv[1:]
+    {'py':lambda: [to_py(a) for a in args], 'save':lambda: save(*args), 'run':lambda: [run(a) for a in args], 'cells':lambda: [cells(a) for a in args]}[verb]()
