@@ -19,7 +19,7 @@ demo: venv ## adapt a small segmenter from one drawn street world to another: ou
 	@mkdir -p outputs
 	@python tools/run.py nbs/train_uda.ipynb outputs/$(RUN).ipynb -p source demo
 	@echo
-	@echo "Executed notebook: outputs/$(RUN).ipynb   weights, metrics and figures: $$(dirname $$(ls -t outputs/*/metrics.json | head -1))/"
+	@echo "Executed notebook: outputs/$(RUN).ipynb   weights, metrics and figures: $$(dirname $$(ls -t outputs/demo-*/metrics.json | head -1))/"
 	@echo "Open it with:      $(BIN)/jupyter lab outputs/$(RUN).ipynb"
 
 test: venv ## run every page and run notebook (nbdev_test, smoke size), then pytest
@@ -29,13 +29,13 @@ test: venv ## run every page and run notebook (nbdev_test, smoke size), then pyt
 	[ $$pages = 0 ] && [ $$unit = 0 ]
 
 export: venv ## pages -> udanb/*.py, notebooks cleaned, README.md, list of public names
-	@nbdev_export && nbdev_clean && nbdev_readme && python tools/api.py
+	@nbdev_export && nbdev_clean && tools/quarto render nbs/index.ipynb -o README.md -t gfm && python tools/api.py
 
 check: venv ## generated files equal the pages, floors hold, pages keep their size
 	@bash tools/check.sh
 
 docs: venv ## the site, in _docs/ (with Quarto if it is installed, else with tools/quarto)
-	@nbdev_docs && echo "Site: _docs/index.html"
+	@touch README.md; nbdev_docs && echo "Site: _docs/index.html"
 
 lab: venv ## JupyterLab in this folder
 	@jupyter lab
@@ -50,8 +50,8 @@ venv: .venv/.installed ## create .venv and install (again only when settings.ini
 
 .venv/.installed: settings.ini setup.py constraints.txt
 	@test -x $(BIN)/python || $(PY) -m venv .venv
-	@echo "Installing into .venv (about 2 minutes and 6 GB the first time) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,offline]'
+	@echo "Installing into .venv (minutes, and 6 GB, the first time) ..."
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev,offline]'
 	@touch $@
 
 clean: ## remove what docs, tests and python leave behind; data/, outputs/ and .venv stay

@@ -96,3 +96,21 @@ def test_teacher_keeps_dropout_off_and_never_gets_gradients():
         assert not a.requires_grad
         if bn=='student': torch.testing.assert_close(t(x[:1]).logits, a[:1])              # no neighbours involved
         else: assert not torch.allclose(t(x[:1]).logits, a[:1])
+
+def test_three_ema_updates_are_the_published_ones():
+    from udanb.segmentor import from_published, published_keys, segmentor
+    student,teacher = (segmentor('mit_b0', 19).double() for _ in range(2))
+    for net,seed in ((student,0), (teacher,200_000)):
+        names = published_keys(net)
+        sd = net.state_dict()
+        vals = rules.values([(n, tuple(sd[k].shape), sd[k].is_floating_point()) for n,k in sorted((n,k) for k,n in names.items())], 'B', seed)
+        net.load_state_dict({k: torch.zeros_like(sd[k]) if vals[n] is None else torch.from_numpy(vals[n]).to(sd[k].dtype) for k,n in names.items()})
+    t = EMATeacher(teacher)
+    buffers = {k: v.clone() for k,v in t.net.named_buffers()}
+    names = {n: k for k,n in published_keys(student).items()}
+    for it in (1,2,3):
+        t.update(student, it)
+        now = dict(t.net.named_parameters())
+        got = [[now[names[k]].sum().item(), now[names[k]].norm().item()] for k in units['ema']['keys']]
+        np.testing.assert_allclose(got, units['ema'][f'after_iter_{it}'], rtol=1e-7, atol=1e-9)
+    assert all(v.equal(buffers[k]) for k,v in t.net.named_buffers())                     # BatchNorm statistics are never copied

@@ -50,7 +50,7 @@ def test_short_kernel_equals_the_whole_square_one(sigma):
 
 def test_blur_per_image_and_per_axis():
     x = torch.rand(3,3,40,64)
-    y = blur(x, torch.tensor([.2,.7,1.1]))
+    y = blur(x, torch.tensor([.2,.7,1.1], dtype=torch.float64))
     for i,s in enumerate((.2,.7,1.1)): assert y[i].equal(blur(x[i:i+1], s)[0])
     bar = torch.zeros(1,3,40,64); bar[:,:,20] = 1
     assert blur(bar, 1., (1,9)).equal(bar*blur(torch.ones_like(bar), 1., (1,9))) and not blur(bar, 1., (9,1)).equal(bar)
@@ -76,10 +76,10 @@ def test_jitter_is_per_image():
     fs = [[1.1,.9,1.],[.9,1.,1.1],[1.2,.8,1.],[.1,0.,-.2]]
     y = jitter(x, *map(torch.tensor, fs), torch.tensor(o))
     for i in range(3): assert y[i].equal(jitter(x[i:i+1], *(f[i] for f in torch.tensor(fs).double().tolist()), o[i])[0])
-    assert y.min()>=0 and y.max()<=1
+    assert y.min()>-1e-6 and y.max()<1+1e-6
 
 def test_strong_coins_and_ranges():
-    x,jit,blr = normalize(torch.rand(1,3,12,12)),0,0
+    x,jit,blr = normalize(torch.rand(1,3,30,30)),0,0
     for s in range(400):
         torch.manual_seed(s); jit += not Strong(p_blur=0)(x).equal(x)
         torch.manual_seed(s); blr += not Strong(p_jitter=0)(x).equal(x)
@@ -177,7 +177,7 @@ def naive(lbl, crop, seed, cat_max, want, min_px):
         if want is None or cnt.get(want,0)>min_px: return b,i,j
     return b,i,j
 
-@pytest.mark.parametrize('cat_max,want,min_px', [(.75,None,0),(None,3,20),(.6,3,20),(.6,3,10_000),(.2,None,0)])
+@pytest.mark.parametrize('cat_max,want,min_px', [(.4,None,0),(None,3,20),(.6,3,20),(.6,3,10_000),(.2,None,0)])
 def test_redraws_equal_naive_nested_loops(cat_max, want, min_px):
     img,lbl = pair(seed=3); lbl[:20] = 0; lbl[50:] = IGNORE
     redraws = 0

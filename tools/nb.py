@@ -6,7 +6,7 @@
     python tools/nb.py run nbs/30_losses.ipynb ...     # execute and store real outputs (skips `#| slow`, `gpu`, `notest` cells)
     python tools/nb.py cells nbs/30_losses.ipynb       # one line per cell: id, kind, first line
 """
-import os,re,subprocess,sys,tempfile
+import base64,io,os,re,subprocess,sys,tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,8 +27,16 @@ def save(text, page=None):
     text = Path(text)
     page = Path(page) if page else next(iter(ROOT.glob(f'nbs/**/{text.stem}.ipynb')), ROOT/'nbs'/f'{text.stem}.ipynb')
     page.parent.mkdir(parents=True, exist_ok=True)
-    jupytext('--to', 'ipynb', *(['--update'] if page.exists() else []), text, '-o', page)
+    jupytext('--to', 'ipynb', *(['--update'] if page.exists() else ['--set-kernel', 'python3']), text, '-o', page)
     print(page)
+
+def small(png, most=60_000):
+    "A stored picture with 256 colours if it is large: a third of the bytes, and nobody sees the difference"
+    from PIL import Image
+    if len(png)<most*4/3: return png
+    buf = io.BytesIO()
+    Image.open(io.BytesIO(base64.b64decode(png))).convert('RGB').quantize(256, dither=Image.Dither.NONE).save(buf, 'png', optimize=True)
+    return base64.b64encode(buf.getvalue()).decode()
 
 def run(page, timeout=1200):
     "Execute the page as nbdev_test would and store its outputs; warnings and progress bars (stderr) are dropped"
@@ -46,6 +54,7 @@ def run(page, timeout=1200):
             c.metadata.pop('execution', None)
             for o in c.outputs:
                 if 'execution_count' in o: o['execution_count'] = None
+                if 'image/png' in o.get('data', {}): o['data']['image/png'] = small(o['data']['image/png'])
         nb.cells = whole
     nb.metadata = dict(kernelspec=dict(display_name='python3', language='python', name='python3'))
     nbformat.write(nb, page)

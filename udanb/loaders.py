@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from copy import copy
 from typing import NamedTuple
 import cv2, numpy as np, torch
+from fastcore.basics import patch
 from torch.utils.data import DataLoader, Dataset
 from .core import IGNORE, Sample, atomic_write, collate, progress, read_json, resolve
 from .labels import id_table, into
@@ -77,11 +78,10 @@ def read_stats(
     suffixes, # endings of label files
 )->tuple: # {key: {train id: pixels}}, entries of other files
     "Statistics of the labels asked for; a broken file raises `ValueError`"
-    try: rows = [({int(c):int(n) for c,n in r.items() if c!='file'}, r) for r in read_json(path)]
-    except (ValueError, AttributeError, TypeError) as e: raise ValueError(f'{path}: not class statistics ({e}); delete it to count again') from e
+    try: rows = [({int(c):int(n) for c,n in r.items() if c!='file'}, _stem(r['file'], suffixes), r) for r in read_json(path)]
+    except (ValueError, AttributeError, TypeError, KeyError) as e: raise ValueError(f'{path}: not class statistics ({e}); delete it to count again') from e
     lens,want,have,rest = {len(k) for k in keys},set(keys),{},[]
-    for n,r in rows:
-        parts = _stem(r['file'], suffixes)
+    for n,parts,r in rows:
         k = next((parts[-l:] for l in lens if parts[-l:] in want), None)
         if k is None: rest.append(r)
         else: have[k] = n
@@ -109,6 +109,7 @@ def _keep(folder, keys, have):
         except OSError: pass
     warnings.warn(f'the class statistics of {folder.spec.name} could not be kept in {stats_files(folder)}; they will be counted again next time')
 
+# %% ../nbs/12_loaders.ipynb #7eadcd86
 def class_stats(
     folder,       # `SegFolder` with labels
     cache=True,   # False: count now, keep nothing
@@ -150,17 +151,21 @@ class RareClassSampler:
         self.files = [np.flatnonzero(self.px[:,c]>self.min_px[c]) for c in range(n_classes)]
         self._tell(there, min_px, names or range(n_classes))
 
-    def _tell(self, there, min_px, names):
-        absent = [str(n) for n,t in zip(names,there) if not t]
-        small = [f'{n} (now {m})' for n,t,m in zip(names,there,self.min_px) if t and m<min_px]
-        says = [f'never occur and will not be drawn: {", ".join(absent)}'] if absent else []
-        if small: says.append(f'have no image with more than {min_px} px, their limit is lowered: {", ".join(small)}')
-        if says: warnings.warn('rare-class sampling: classes that '+'; classes that '.join(says))
+# %% ../nbs/12_loaders.ipynb #314ab1eb
+@patch
+def draw(self:RareClassSampler, rng:np.random.Generator)->tuple: # (index of an image, class)
+    "One image, and the class that it was chosen for"
+    c = int(rng.choice(len(self.prob), p=self.prob))
+    return int(self.files[c][rng.integers(len(self.files[c]))]),c
 
-    def draw(self, rng:np.random.Generator)->tuple: # (index of an image, class)
-        "One image, and the class that it was chosen for"
-        c = int(rng.choice(len(self.prob), p=self.prob))
-        return int(self.files[c][rng.integers(len(self.files[c]))]),c
+@patch
+def _tell(self:RareClassSampler, there, min_px, names):
+    "One warning for all classes that cannot be drawn as asked"
+    absent = [str(n) for n,t in zip(names,there) if not t]
+    small = [f'{n} (now {m})' for n,t,m in zip(names,there,self.min_px) if t and m<min_px]
+    says = [f'never occur and will not be drawn: {", ".join(absent)}'] if absent else []
+    if small: says.append(f'have no image with more than {min_px} px, their limit is lowered: {", ".join(small)}')
+    if says: warnings.warn('rare-class sampling: classes that '+'; classes that '.join(says))
 
 # %% ../nbs/12_loaders.ipynb #55eeeabe
 def rcs_px(

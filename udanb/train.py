@@ -84,7 +84,7 @@ class Trainer:
     "The whole training loop"
     def __init__(self,
         model:nn.Module,      # the student
-        method:Method,
+        method:Method,        # what is asked of it
         groups:list,          # parameter groups of the student, each with its base `lr`
         loader,               # start step -> iterable of (src, tgt) `Sample`s
         steps:int,            # length of the run
