@@ -116,6 +116,14 @@ def test_page_is_clean(p):
         assert not any(o['output_type']=='error' for o in c.get('outputs', []))
         assert not re.match(r'#\s*\|\s*eval:\s*false', src(c))
 
+@pytest.mark.parametrize('p', [p for p in PAGES if p not in RUNS], ids=rel)
+def test_imports_have_cells_of_their_own(p):
+    "The site's builder runs every cell with an import, and only those: other code in it fails there, without the cells before it"
+    for c in cells(p):
+        if c['cell_type']!='code' or re.search(r'^[%!]', src(c), re.M): continue
+        kinds = {isinstance(o, (ast.Import, ast.ImportFrom)) for o in ast.parse(src(c)).body}
+        assert kinds!={True,False}, src(c)
+
 def test_modules_equal_pages(tmp_path):
     "Exporting the pages into an empty folder gives the committed modules, byte for byte"
     for f in ('settings.ini', 'setup.py'): shutil.copy(ROOT/f, tmp_path)

@@ -83,7 +83,7 @@ def _grid(pics, rows, cols=None, width=9., tall=1.9):
     for ax,name in zip(axs[0], cols or ()): ax.set_title(name, pad=3)
     return fig,axs
 
-def _short(name, n=24): return (s := Path(str(name)).stem)[-n:] if len(Path(str(name)).stem)<=n else '…'+s[1-n:]
+def _short(name, n=24): return s if len(s := Path(str(name)).stem)<=n else '…'+s[1-n:]
 
 # %% ../nbs/02_plots.ipynb #ae1cc38f
 @_figure
