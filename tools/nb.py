@@ -4,9 +4,10 @@
     python tools/nb.py py nbs/30_losses.ipynb          # page -> pages/30_losses.py in the temporary folder (py:percent), to edit
     python tools/nb.py save $TMPDIR/pages/30_losses.py # edited text -> page; ids, tags and outputs of unchanged cells stay
     python tools/nb.py run nbs/30_losses.ipynb ...     # execute and store real outputs (skips `#| slow`, `gpu`, `notest` cells)
+    python tools/nb.py title nbs/*.ipynb               # title and subtitle into a cell of their own (`save` does it, too)
     python tools/nb.py cells nbs/30_losses.ipynb       # one line per cell: id, kind, first line
 """
-import base64,io,os,re,subprocess,sys,tempfile
+import base64,hashlib,io,os,re,subprocess,sys,tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,12 +23,26 @@ def to_py(page):
     jupytext('--to', 'py:percent', page, '-o', out)
     print(out)
 
+def title(page):
+    "A cell of its own for title and subtitle: nbdev makes front matter of the whole cell, and the site would lose the text below"
+    import nbformat
+    nb = nbformat.read(page, 4)
+    c = nb.cells[0]
+    m = re.match(r'(# .+\n+(?:> .+(?:\n>.*)*)?)\s*', c.source+'\n')
+    rest = c.source[m.end():].strip() if m else ''
+    if not rest: return
+    nb.cells[1:1] = [nbformat.v4.new_markdown_cell(rest, id=hashlib.sha1(c.id.encode()).hexdigest()[:8])]
+    c.source = m[1].strip()
+    nbformat.write(nb, page)
+    print('title cell split', page)
+
 def save(text, page=None):
     "Put an edited text back into its page (`--update`: ids, tags, outputs of unchanged cells stay)"
     text = Path(text)
     page = Path(page) if page else next(iter(ROOT.glob(f'nbs/**/{text.stem}.ipynb')), ROOT/'nbs'/f'{text.stem}.ipynb')
     page.parent.mkdir(parents=True, exist_ok=True)
     jupytext('--to', 'ipynb', *(['--update'] if page.exists() else ['--set-kernel', 'python3']), text, '-o', page)
+    title(page)
     print(page)
 
 def small(png, most=60_000):
@@ -68,4 +83,4 @@ def cells(page):
 if __name__=='__main__':
     if len(sys.argv)<3: sys.exit(__doc__)
     verb,*args = sys.argv[1:]
-    {'py':lambda: [to_py(a) for a in args], 'save':lambda: save(*args), 'run':lambda: [run(a) for a in args], 'cells':lambda: [cells(a) for a in args]}[verb]()
+    {'py':lambda: [to_py(a) for a in args], 'save':lambda: save(*args), 'run':lambda: [run(a) for a in args], 'title':lambda: [title(a) for a in args], 'cells':lambda: [cells(a) for a in args]}[verb]()

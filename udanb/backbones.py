@@ -9,7 +9,7 @@ __all__ = ['LITE_PACKAGE', 'WHERE', 'BACKBONES', 'lite_names', 'load_strict', 'r
 # %% ../nbs/20_backbones.ipynb #08214558
 import importlib, os, re
 from pathlib import Path
-import torch, timm
+import numpy as np, timm, torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from safetensors.torch import load_file
@@ -33,26 +33,26 @@ class _Attention(smp_mit.Attention):
 def _mit(
     name:str,        # 'mit_b0' … 'mit_b5'
     drop_path=None,  # probability of the last block; None = 0.1, as published
-)->nn.Module: # with `.channels`: 4 ints
+)->nn.Module: # with `.channels`, 4 ints, and `.conv`: is it convolutional?
     "A Mix Transformer of segmentation_models_pytorch, with fused attention"
     kw = smp_mit.mix_transformer_encoders[name]['params'] | dict(drop_path_rate=0.)
     body = smp_mit.MixVisionTransformerEncoder(**kw)
     blocks = [b for i in range(1,5) for b in getattr(body, f'block{i}')]
-    rates = torch.linspace(0, 0.1 if drop_path is None else drop_path, len(blocks)).tolist()
+    rates = np.linspace(0, 0.1 if drop_path is None else drop_path, len(blocks)).tolist()
     for b,p in zip(blocks, rates):
         b.attn.__class__ = _Attention
         b.drop_path = DropPath(p) if p>0 else nn.Identity()
-    body.channels = tuple(kw['embed_dims'])
+    body.channels,body.conv = tuple(kw['embed_dims']),False
     return body
 
 # %% ../nbs/20_backbones.ipynb #6459a06f
 def _lite(
     name:str,        # 'tf_efficientnet_lite0' (any timm encoder with `features_only` would do)
     drop_path=None,  # probability of the last block; None = 0
-)->nn.Module: # with `.channels`: 4 ints
+)->nn.Module: # with `.channels`, 4 ints, and `.conv`: is it convolutional?
     "An encoder of timm"
     body = timm.create_model(name, pretrained=False, features_only=True, out_indices=(1,2,3,4), drop_path_rate=drop_path or 0.)
-    body.channels = tuple(body.feature_info.channels())
+    body.channels,body.conv = tuple(body.feature_info.channels()),True
     return body
 
 # %% ../nbs/20_backbones.ipynb #89f5e87b
@@ -99,13 +99,15 @@ def load_strict(
 def read_state(
     path, # .safetensors, or .pth/.pt/.bin with tensors only
 )->dict: # name -> CPU tensor
-    "The tensors of a weight file"
+    "The tensors of a weight file; `ValueError` if it is damaged or holds anything else"
     path = resolve(path)
     if not path.is_file(): raise FileNotFoundError(f'no weight file {path}')
     try: state = load_file(path) if path.suffix=='.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e: raise ValueError(f'{path} cannot be read as a weight file ({type(e).__name__}: {e}); fetch it again') from e
     for k in ('state_dict','model'):
-        if isinstance(state.get(k), dict): state = state[k]
+        if isinstance(state, dict) and isinstance(state.get(k), dict): state = state[k]
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f'{path} holds no plain dict of tensors; save `net.state_dict()`')
     return dict(state)
 
 # %% ../nbs/20_backbones.ipynb #d2b2d266
@@ -147,7 +149,7 @@ class Backbone(nn.Module):
     strides = (4,8,16,32)
     def __init__(self,
         name:str,                     # a key of `BACKBONES`
-        body:nn.Module,               # image -> list whose last four entries are the maps; has `.channels`
+        body:nn.Module,               # image -> list whose last four entries are the maps; has `.channels` and `.conv`
         mean=MEAN, std=STD,           # what `body` was trained with
     ):
         super().__init__()
@@ -155,15 +157,16 @@ class Backbone(nn.Module):
         vec = lambda v: torch.tensor(v, dtype=torch.float64)[:,None,None]
         self.register_buffer('scale', (vec(STD)/vec(std)).float(), persistent=False)
         self.register_buffer('shift', ((vec(MEAN)-vec(mean))/vec(std)).float(), persistent=False)
-        self.same = tuple(mean)==MEAN and tuple(std)==STD
+        self.same,self.nhwc = tuple(mean)==MEAN and tuple(std)==STD, body.conv
 
     def forward(self,
         img:Tensor,   # (B,3,H,W) float, ImageNet-normalised
     )->tuple: # 4 maps (B,channels[i],⌈H/s⌉,⌈W/s⌉) for s = 4, 8, 16, 32
         h,w = img.shape[-2:]
         if min(h,w)<32: img = F.pad(img, (0,max(32-w,0),0,max(32-h,0)))
-        feats = self.body(img if self.same else img*self.scale+self.shift)[-4:]
-        return tuple(f[...,:-(-h//s),:-(-w//s)] for f,s in zip(feats, self.strides))
+        if not self.same: img = img*self.scale+self.shift
+        if self.nhwc and img.device.type=='cpu': img = img.contiguous(memory_format=torch.channels_last)
+        return tuple(f[...,:-(-h//s),:-(-w//s)].contiguous() for f,s in zip(self.body(img)[-4:], self.strides))
 
 # %% ../nbs/20_backbones.ipynb #4ec5c52e
 def backbone(

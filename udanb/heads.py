@@ -80,8 +80,7 @@ class DAFormerHead(nn.Module):
         self.fuse_layer = ASPP(len(channels)*dim, self.ch, dilations, separable)
         self.dropout = nn.Dropout2d(dropout)
         self.conv_seg = nn.Conv2d(self.ch, n_classes, 1)
-        nn.init.normal_(self.conv_seg.weight, std=0.01)
-        nn.init.zeros_(self.conv_seg.bias)
+        nn.init.normal_(self.conv_seg.weight, std=0.01); nn.init.zeros_(self.conv_seg.bias)
 
     def forward(self,
         feats,  # maps (B,channels[i],h_i,w_i), finest first

@@ -156,7 +156,7 @@ def read_rgb(
 )->np.ndarray: # (H,W,3) uint8
     "Pixels of an image file; a file that is no image raises `ValueError` with its name"
     try:
-        with Image.open(path) as im: return np.asarray(im.convert('RGB'))
+        with Image.open(path) as im: return np.array(im.convert('RGB'))
     except (OSError, SyntaxError) as e: raise ValueError(f'{path}: cannot be read as an image ({e}); repair or remove the file') from e
 
 # %% ../nbs/41_infer.ipynb #28d552ad

@@ -11,7 +11,7 @@ from math import ceil
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from matplotlib.patches import Patch
-from .core import IGNORE, Sample, atomic_write, denormalize
+from .core import IGNORE, Sample, atomic_write, denormalize, pick
 from .labels import LabelSpace, colorize
 
 # %% ../nbs/02_plots.ipynb #cafb127a
@@ -59,31 +59,35 @@ def save_figure(
     return atomic_write(path, lambda p: fig.savefig(p, dpi=dpi, bbox_inches='tight'))
 
 # %% ../nbs/02_plots.ipynb #afb53d66
-def _legend(fig, space, lbls):
-    "The classes that occur in `lbls`, below the figure"
+def _marks(space, lbls):
+    "Legend entries of the classes that occur in `lbls`"
     ids = np.unique(np.concatenate([np.unique(_array(l)) for l in lbls])) if len(lbls) else ()
     marks = [Patch(facecolor=np.array(space.colors[i])/255, edgecolor='.8', label=space.classes[i]) for i in ids if i<len(space)]
-    if IGNORE in ids: marks.append(Patch(facecolor='k', label='ignored'))
-    cols = min(max(int(fig.get_figwidth()/.92),2), max(len(marks),1))
-    if marks: fig.legend(handles=marks, loc='outside lower center', ncols=cols, handlelength=1, handleheight=1, columnspacing=1, handletextpad=.4)
+    return marks + [Patch(facecolor='k', label='ignored')]*(IGNORE in ids)
 
-def _grid(pics, rows, cols=None, width=9., tall=1.9):
-    "Rows of pictures, with a name left of each row and above each column; None stays empty"
+def _short(name, n=24):
+    "A file's name without folder and suffixes, its end if it is long"
+    s = Path(str(name)).stem.removesuffix('_leftImg8bit')
+    return s if len(s)<=n else '…'+s[1-n:]
+
+# %% ../nbs/02_plots.ipynb #cf808842
+def _grid(pics, rows, cols=None, marks=(), width=7.2, tall=1.7, extra=0.):
+    "Rows of pictures, a name left of each row and above each column, a legend below; sizes in inches"
     n,(h,w) = len(pics[0]),pics[0][0].shape[:2]
-    cw = min(width/n, tall*w/h)
-    fig,axs = plt.subplots(len(pics), n, squeeze=False, figsize=(n*cw+.25, len(pics)*(cw*h/w+.04)+.2*bool(cols)+.45))
+    cw,bar = min(width/n, tall*w/h),.3*any(p.ndim==2 for row in pics for p in row)
+    fw = max(n*cw+.25+bar, 2.4)
+    lines = ceil(len(marks)/max(int(fw/.85), 2))
+    fig,axs = plt.subplots(len(pics), n, squeeze=False, figsize=(fw, len(pics)*(cw*h/w+.03)+.2*bool(cols)+.17*lines+.05+extra))
     fig.get_layout_engine().set(w_pad=.015, h_pad=.015, wspace=0, hspace=0)
     for r,(row,name) in enumerate(zip(pics, rows)):
         for c,(ax,p) in enumerate(zip(axs[r], row)):
+            im = ax.imshow(p, cmap='viridis', vmin=0, vmax=1, interpolation='auto' if r==0 and w>100*cw else 'nearest')   # labels are never blended
             ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
-            if p is None: continue
-            im = ax.imshow(p, cmap='viridis', vmin=0, vmax=1, interpolation='nearest' if p.ndim==2 else 'antialiased')
             if p.ndim==2 and c==n-1: fig.colorbar(im, cax=ax.inset_axes([1.03,0,.03,1]), ticks=[0,1]).outline.set_visible(False)
         axs[r,0].set_ylabel(name)
-    for ax,name in zip(axs[0], cols or ()): ax.set_title(name, pad=3)
+    for ax,name in zip(axs[0], cols or ()): ax.set_title(_short(name, max(int(cw*13),3)), pad=3)
+    if marks: fig.legend(handles=marks, loc='outside lower center', ncols=ceil(len(marks)/lines), handlelength=1, handleheight=1, columnspacing=1, handletextpad=.4)
     return fig,axs
-
-def _short(name, n=24): return s if len(s := Path(str(name)).stem)<=n else '…'+s[1-n:]
 
 # %% ../nbs/02_plots.ipynb #ae1cc38f
 @_figure
@@ -97,9 +101,7 @@ def show_sample(
     pics,rows,lbls = [[_pixels(i) for i in x.img]],['image'],[] if x.lbl is None else [_array(l) for l in x.lbl]
     if lbls: pics.append([colorize(l, space) for l in lbls]); rows.append('label')
     if x.wgt is not None: pics.append([_array(w).astype(float) for w in x.wgt]); rows.append('trust')
-    fig,_ = _grid(pics, rows, [_short(x.name[i]) if x.name else f'{i}' for i in k])
-    _legend(fig, space, lbls)
-    return fig
+    return _grid(pics, rows, [x.name[i] if x.name else f'{i}' for i in k], _marks(space, lbls))[0]
 
 # %% ../nbs/02_plots.ipynb #2a43b4ea
 @_figure
@@ -117,9 +119,9 @@ def show_step(
     trio = [(s,l,i) for i in range(n) for s,l in ((src,src),(tgt,pseudo),(mixed,mixed))]
     lbls = [_array(l.lbl[i]) for _,l,i in trio]
     pics = [[_pixels(s.img[i]) for s,_,i in trio], [colorize(l, space) for l in lbls], [one(l,i) for _,l,i in trio]]
-    fig,axs = _grid(pics, ['image','label','trust'], [f'{k} {i}' if n>1 else k for i in range(n) for k in ('source','target','mixed')], tall=1.5)
+    fig,axs = _grid(pics, ['image','label','trust'], [f'{k} {i}' if n>1 else k for i in range(n) for k in ('source','target','mixed')],
+                    _marks(space, lbls), width=7.2 if n==1 else 10, extra=.18)
     for c in range(1, 3*n, 3): axs[1,c].set_xlabel(f'pseudo-label, q = {pics[2][c].max():.2f}', labelpad=2)
-    _legend(fig, space, lbls)
     return fig
 
 # %% ../nbs/02_plots.ipynb #ca154fd0
@@ -136,13 +138,12 @@ def show_panel(
     named = [('truth',truths), ('before',befores), ('after',afters)]
     rows = [(k, [_array(l) for l in ls]) for k,ls in named if ls is not None]
     pics = [[_pixels(i) for i in imgs]]+[[colorize(l, space) for l in ls] for _,ls in rows]
-    fig,axs = _grid(pics, ['image']+[k for k,_ in rows], names and [_short(n) for n in names])
+    fig,axs = _grid(pics, ['image']+[k for k,_ in rows], names, _marks(space, [l for _,ls in rows for l in ls]))
     for r,(k,ls) in enumerate(rows, 1):
         if truths is None or k=='truth': continue
         for ax,l,t in zip(axs[r], ls, map(_array, truths)):
             if (seen := t!=IGNORE).any() and l.shape==t.shape: ax.text(.98, .04, f'{(l==t)[seen].mean():.0%}', transform=ax.transAxes, ha='right',
                                                    color='w', fontsize=7, bbox=dict(fc='k', ec='none', alpha=.55, pad=1.5))
-    _legend(fig, space, [l for _,ls in rows for l in ls])
     return fig
 
 # %% ../nbs/02_plots.ipynb #696b8ecf
@@ -155,7 +156,7 @@ def show_iou(
     t = pd.DataFrame({run:pd.Series(d, dtype=float) for run,d in tables.items()}).reindex(list(dict.fromkeys(c for d in tables.values() for c in d)))
     (n,k),mean = t.shape,t.mean()
     bar = .8/k
-    fig,ax = plt.subplots(figsize=(6, .75+n*(.12+.1*k)))
+    fig,ax = plt.subplots(figsize=(6, .75+n*(.1+.09*k)))
     for j,run in enumerate(t):
         y,v = np.arange(n)+(j-(k-1)/2)*bar,t[run].to_numpy()
         gain = f' ({mean[run]-mean.iloc[0]:+.1f})' if j else ''
@@ -163,20 +164,26 @@ def show_iou(
         for yi,vi in zip(y,v): ax.text(.6 if np.isnan(vi) else vi+.6, yi, '–' if np.isnan(vi) else f'{vi:.0f}', va='center', fontsize=5.5, color='.35')
     ax.set(yticks=range(n), yticklabels=t.index, ylim=(n-.45,-.55), xlim=(0,104), xlabel='IoU (%)')
     ax.tick_params(axis='y', length=0); ax.grid(axis='x'); ax.spines['left'].set_visible(False)
-    fig.legend(loc='outside upper center', ncols=min(k,3), handlelength=1, title=title or None, title_fontsize=9)
+    fig.legend(loc='outside upper center', ncols=k if k<4 else 2, handlelength=1, title=title or None, title_fontsize=9)
     return fig
 
 # %% ../nbs/02_plots.ipynb #1344b0a1
+def _kind(key):
+    "The panel a column of the log belongs to, or ''"
+    first = key.split('/')[0]
+    return {'q':'trust q', 'lr':'learning rate', 'miou':'mIoU (%)', 'loss':'loss'}.get(first, 'loss' if '/' in key and first not in ('iou','acc','time') else '')
+
 def _curves(ax, df, keys, smooth):
     "One line per column, smoothed over its shadow, or dotted where it was measured"
     for j,k in enumerate(keys):
         v,color = df[k].dropna(),_RUNS[1:][j%(len(_RUNS)-1)]
-        if not smooth: ax.plot(v.index, v, '.-', color=color, label=k.split('/')[-1], ms=4, lw=1.3); continue
+        if not smooth: ax.plot(v.index, v, '.-' if len(v)<60 else '-', color=color, label=k.split('/')[-1], ms=4, lw=1.3); continue
         ax.plot(v.index, v, color=color, lw=.5, alpha=.25)
         ax.plot(v.index, v.ewm(span=max(len(v)/30,1)).mean(), color=color, lw=1.3, label=k)
     if len(keys)>1 or not smooth: ax.legend(loc='best', handlelength=1)
     ax.grid(axis='y')
 
+# %% ../nbs/02_plots.ipynb #b86f776a
 @_figure
 def show_curves(
     log:list,  # rows of log.jsonl: dicts with `it` and 'pass/criterion' losses, `q`, `lr`, 'miou/student', 'miou/teacher' (%)
@@ -184,12 +191,11 @@ def show_curves(
 ):
     "Losses, pseudo-label trust, learning rate and mIoU over the steps, one panel each; the figure"
     df = pd.DataFrame(log)
-    df = df.groupby(next((df[c] for c in ('it','step') if c in df), df.index)).last().select_dtypes('number')
-    kind = lambda k: {'q':'trust q','lr':'learning rate','miou':'mIoU (%)'}.get(k.split('/')[0], 'loss' if '/' in k and not k.startswith(('iou/','acc/')) else '')
-    want = [k for k in (df.columns if keys is None else keys) if k in df and kind(k)]
-    panels = {p:ks for p in ('loss','trust q','learning rate','mIoU (%)') if (ks := [k for k in want if kind(k)==p])}
-    if not panels: raise ValueError(f'nothing to draw: the log has {[str(c) for c in df.columns]}' + (f', asked for {list(keys)}' if keys else ''))
-    fig,axs = plt.subplots(1, len(panels), figsize=(2.5*len(panels)+.3,1.9), squeeze=False)
+    df = df.groupby(next((df[c] for c in ('it','step') if c in df), df.index)).last().select_dtypes('number').dropna(axis=1, how='all')
+    for k in keys or (): pick(k, df.columns.tolist(), 'key of the log')
+    panels = {p:ks for p in ('loss','trust q','learning rate','mIoU (%)') if (ks := [k for k in keys or df if _kind(k)==p])}
+    if not panels: raise ValueError(f'nothing to draw: the log has {df.columns.tolist()}, and no losses, q, lr or miou among them')
+    fig,axs = plt.subplots(1, len(panels), figsize=(1.85*len(panels)+.3,1.6), squeeze=False)
     for ax,(p,ks) in zip(axs[0], panels.items()):
         _curves(ax, df, ks, p in ('loss','trust q'))
         ax.set(title=p, xlabel='step'); ax.margins(x=.02)

@@ -10,7 +10,7 @@ import json, pickle
 from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 from .core import atomic_write, pick
 from .infer import weights_hash
@@ -39,7 +39,7 @@ def plain(
     state:dict, # name -> tensor
 )->dict: # name -> CPU tensor, contiguous, with memory of its own
     "Copies that share nothing"
-    return {k: v.detach().to('cpu', copy=True).contiguous().clone() for k,v in state.items()}
+    return {k: v.detach().to('cpu', copy=True).contiguous() for k,v in state.items()}
 
 # %% ../nbs/43_weights.ipynb #b8b664c6
 def save_weights(
@@ -53,7 +53,17 @@ def save_weights(
     if path.suffix!='.safetensors': raise ValueError(f'{path}: weights are written as .safetensors')
     meta = {k: v if isinstance(v,str) else json.dumps(v, default=str) for k,v in meta.items()} | dict(hash=weights_hash(state))
     if hashed: path = path.with_stem(f"{path.stem}-{meta['hash']}")
-    return atomic_write(path, lambda p: save_file(state, p, meta))
+    return atomic_write(path, lambda p: _write(p, save(state, meta)))
+
+# %% ../nbs/43_weights.ipynb #080ba397
+def _write(path, blob):
+    "A safetensors blob with its header's metadata in alphabetical order: 8 bytes of header length, JSON padded with blanks, tensors"
+    n = int.from_bytes(blob[:8], 'little')
+    head = json.loads(blob[8:8+n])
+    head['__metadata__'] = dict(sorted(head['__metadata__'].items()))
+    head = json.dumps(head, separators=(',',':')).encode()
+    head += b' '*(-len(head)%8)
+    with open(path, 'wb') as f: f.writelines([len(head).to_bytes(8,'little'), head, memoryview(blob)[8+n:]])
 
 # %% ../nbs/43_weights.ipynb #d1cbbd3b
 def load_weights(
@@ -79,7 +89,7 @@ def _load_safe(path):
     except SafetensorError as e:
         raise ValueError(f'{path}: not a whole safetensors file ({e}; {path.stat().st_size:,} bytes); was the download cut off? Fetch it again') from e
     if meta.get('hash', h := weights_hash(state))!=h: raise ValueError(f"{path}: the tensors hash to {h}, not to {meta['hash']} as when they were written; fetch it again")
-    return state,meta
+    return plain(state),dict(sorted(meta.items()))
 
 def _load_torch(path):
     try: return torch.load(path, map_location='cpu', weights_only=True)
