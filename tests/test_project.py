@@ -76,7 +76,7 @@ def test_run_shows_bars_and_keeps_last_state(tmp_path):
                           'for i in tqdm(range(n), desc="steps", file=sys.stderr, mininterval=0): sys.stdout.write(f"at {i}\\n"); sys.stdout.flush()')],
               metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')), nbformat=4, nbformat_minor=5)
     (tmp_path/'in.ipynb').write_text(json.dumps(nb))
-    r = sh(sys.executable, ROOT/'tools'/'run.py', tmp_path/'in.ipynb', tmp_path/'out.ipynb', '-p', 'n', 7, timeout=120)
+    r = sh(sys.executable, ROOT/'tools'/'run.py', tmp_path/'in.ipynb', tmp_path/'out.ipynb', '-p', 'n', 7, timeout=300)
     assert r.returncode==0, r.stderr
     assert r.stdout.count('steps:')>3 and '7/7' in r.stdout and 'at 6' in r.stdout
     text = ''.join(''.join(o['text']) for c in cells(tmp_path/'out.ipynb') for o in c['outputs'] if o['name']=='stderr')

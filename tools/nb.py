@@ -83,4 +83,6 @@ def cells(page):
 if __name__=='__main__':
     if len(sys.argv)<3: sys.exit(__doc__)
     verb,*args = sys.argv[1:]
-    {'py':lambda: [to_py(a) for a in args], 'save':lambda: save(*args), 'run':lambda: [run(a) for a in args], 'title':lambda: [title(a) for a in args], 'cells':lambda: [cells(a) for a in args]}[verb]()
+    if verb=='save': save(*args)
+    else:
+        for a in args: dict(py=to_py, run=run, title=title, cells=cells)[verb](a)

@@ -15,7 +15,8 @@ def upsample(
     x:Tensor,   # (B,C,h,w)
     size:tuple, # (H,W)
 )->Tensor: # (B,C,H,W)
-    "Bilinear, corners not aligned: the one way maps are enlarged in udanb"
+    "Bilinear, corners not aligned, in float32 whatever the network answers in: the one way maps are enlarged"
+    x = x.float()
     return x if x.shape[-2:]==tuple(size) else F.interpolate(x, tuple(size), mode='bilinear', align_corners=False)
 
 # %% ../nbs/30_losses.ipynb #acba1ba8
@@ -34,7 +35,7 @@ class CE(nn.Module):
         x:Sample,       # lbl (B,H,W), wgt (B,H,W) or None
         step=None,      # not used
     )->Tensor: # scalar
-        logits = upsample(out.logits.float(), x.lbl.shape[-2:])
+        logits = upsample(out.logits, x.lbl.shape[-2:])
         loss = F.cross_entropy(logits, x.lbl, ignore_index=IGNORE, reduction='none')
         if x.wgt is not None: loss = loss*x.wgt
         return loss.mean() if self.parity else loss.sum()/(x.lbl!=IGNORE).sum().clamp(min=1)

@@ -91,6 +91,6 @@ def label(self:EMATeacher,
     out:Out,    # what `forward` said about it
 )->Sample: # img, lbl = pseudo-labels, wgt = q where the image is valid
     "Pseudo-labels and their trust"
-    lbl,q = confidence(upsample(out.logits.float(), tgt.img.shape[-2:]).softmax(1), self.tau)
+    lbl,q = confidence(upsample(out.logits, tgt.img.shape[-2:]).softmax(1), self.tau)
     wgt = q.expand(lbl.shape) if tgt.wgt is None else q*tgt.wgt
     return Sample(tgt.img, lbl, margin_weight(wgt, *self.rows), tgt.name)
