@@ -10,7 +10,6 @@ __all__ = ['HOW', 'METHODS', 'RECIPES', 'SETTINGS', 'Recipe', 'identity', 'make_
 import ast, json, typing
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-import torch
 from accelerate import Accelerator
 from .core import pick, read_json, resolve, seed_all
 from .datasets import SegFolder, find_pair
@@ -48,6 +47,7 @@ class Recipe:
     alpha:float = .999           # the teacher's decay
     tau:float = .968             # what counts as a sure pixel
     bn:str = 'batch'             # the teacher's BatchNorm, 'batch' or 'student'
+    freeze_bn:bool = False       # an encoder with ImageNet weights keeps its BatchNorm statistics
     fd:float = .005              # λ of the feature distance, 0 = without
     rcs:bool = True              # rare-class sampling
     rcs_T:float = .01            # its temperature
@@ -93,9 +93,9 @@ RECIPES = dict(
 SETTINGS = dict(
     gta=dict(),
     town=dict(backbone='tf_efficientnet_lite0', dim=96, steps=600, batch=4, fit=(240,320), crop=(192,256), lr=2e-4, warmup=50, alpha=.99,
-              rcs_px=256, eval_every=200, save_every=100, before=True),
+              freeze_bn=True, rcs_px=256, eval_every=200, save_every=100, before=True),
     demo=dict(backbone='tf_efficientnet_lite0', dim=64, steps=300, batch=4, crop=(96,128), lr=2e-4, warmup=30, alpha=.98,
-              rcs_px=48, eval_every=100, save_every=100, before=True))
+              freeze_bn=True, rcs_px=48, eval_every=100, save_every=100, before=True))
 
 # %% ../nbs/60_recipes.ipynb #55bd1887
 def _cast(name, v, hint):
@@ -202,7 +202,7 @@ def build(
     src,tgt,val = folders(r, data_root)
     acc = Accelerator(mixed_precision=r.precision)
     seed_all(r.seed)
-    net = segmentor(r.backbone, len(src.space), r.head, r.weights, r.dim).to(memory_format=torch.channels_last)
+    net = segmentor(r.backbone, len(src.space), r.head, r.weights, r.dim, freeze_bn=r.freeze_bn and r.weights is not None)
     method = METHODS[r.method](net, r, src.space, Strong(p_jitter=r.jitter, p_blur=r.blur))
     return Trainer(net, method, param_groups(net, r.lr, r.head_mult, r.wd), batches(r, src, tgt, acc.device), r.steps, resolve(out), r.seed,
                    partial(_schedule, warmup=r.warmup, power=r.power), identity(r), evaluator(r, val), r.eval_every, r.save_every, acc, callbacks, quiet)

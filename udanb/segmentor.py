@@ -18,9 +18,16 @@ class Segmentor(nn.Module):
     def __init__(self,
         backbone:Backbone,  # image -> four maps
         head:nn.Module,     # maps -> (logits, fused); has `.n_classes`
+        freeze_bn=False,    # the encoder's BatchNorms keep their running statistics, in training too
     ):
         super().__init__()
-        self.backbone,self.head = backbone,head
+        self.backbone,self.head,self.freeze_bn = backbone,head,freeze_bn
+
+    def train(self, mode=True):
+        super().train(mode)
+        for m in self.backbone.modules() if self.freeze_bn else ():
+            if isinstance(m, nn.modules.batchnorm._BatchNorm): m.eval()
+        return self
 
     @property
     def n_classes(self): return self.head.n_classes
@@ -46,11 +53,12 @@ def segmentor(
     dim=256,            # the head's embedding of each map
     ch=None,            # the head's fusion channels; None = `dim`
     drop_path=None,     # stochastic depth; None = the encoder's usual
+    freeze_bn=False,    # see `Segmentor`
 )->Segmentor:
     "Make a network by names; an unknown one raises `ValueError` with the nearest"
     new_head = pick(head, HEADS, 'head')
     enc = make_backbone(backbone, weights, drop_path)
-    return Segmentor(enc, new_head(enc.channels, n_classes, dim=dim, ch=ch))
+    return Segmentor(enc, new_head(enc.channels, n_classes, dim=dim, ch=ch), freeze_bn).train()
 
 # %% ../nbs/22_segmentor.ipynb #cd3dbfcd
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)

@@ -59,12 +59,11 @@ class EMATeacher(nn.Module):
         self.train()
 
     def train(self, mode=True):
-        "The teacher keeps its own mode: dropout off, BatchNorm as chosen"
+        "The teacher keeps its own mode: dropout and stochastic depth off, BatchNorm as chosen"
         self.training = mode
-        self.net.eval()
-        if self.bn=='batch':
-            for m in self.net.modules():
-                if isinstance(m, nn.modules.batchnorm._BatchNorm): m.train()
+        self.net.train(self.bn=='batch')
+        for m in self.net.modules():
+            if isinstance(m, nn.modules.dropout._DropoutNd) or type(m).__name__=='DropPath': m.eval()
         return self
 
     @torch.no_grad()
