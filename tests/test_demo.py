@@ -16,7 +16,8 @@ tree = lambda root: {str(p.relative_to(root)): p.read_bytes() for p in sorted(ro
 def test_same_pixels_in_another_process(hashseed):
     code = ("import hashlib; from udanb.demo import scene\n"
             "print(hashlib.sha256(b''.join(a.tobytes() for d in ('source','target') for a in scene(0,d,(64,128)))).hexdigest())")
-    out = subprocess.run([sys.executable, '-c', code], env=os.environ|dict(PYTHONHASHSEED=hashseed, OMP_NUM_THREADS='1'), text=True, capture_output=True, check=True)
+    env = os.environ|dict(PYTHONHASHSEED=hashseed, OMP_NUM_THREADS='1')
+    out = subprocess.run([sys.executable, '-c', code], env=env, text=True, capture_output=True, check=True)
     assert out.stdout.strip()==digest(*(a for d in ('source','target') for a in scene(0,d,(64,128))))
 
 def test_global_generators_do_not_matter():
@@ -25,7 +26,7 @@ def test_global_generators_do_not_matter():
     assert digest(*a)==digest(*b)
 
 @given(seed=st.integers(0, 10**9), h=st.sampled_from([32,48,65]), aspect=st.sampled_from([1.,1.5,2.,2.3]), domain=st.sampled_from(['source','target']))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_any_seed_and_size(seed, h, aspect, domain):
     size = h,int(h*aspect)
     img,lbl = scene(seed, domain, size)

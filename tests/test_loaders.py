@@ -4,7 +4,6 @@ from pathlib import Path
 import cv2, numpy as np, pytest, torch
 from PIL import Image
 from udanb import loaders
-from udanb.core import IGNORE
 from udanb.datasets import DATASETS, SegFolder
 from udanb.labels import CAMVID11, CAMVID_MERGE, CITYSCAPES19, CITYSCAPES_IDS
 from udanb.loaders import (RareClassSampler, class_stats, count_label, count_labels, eval_loader, label_keys, native_ids, pair_loader,

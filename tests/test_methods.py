@@ -98,7 +98,7 @@ def test_teacher_keeps_dropout_off_and_never_gets_gradients():
         else: assert not torch.allclose(t(x[:1]).logits, a[:1])
 
 def test_three_ema_updates_are_the_published_ones():
-    from udanb.segmentor import from_published, published_keys, segmentor
+    from udanb.segmentor import published_keys, segmentor
     student,teacher = (segmentor('mit_b0', 19).double() for _ in range(2))
     for net,seed in ((student,0), (teacher,200_000)):
         names = published_keys(net)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest, torch, yaml
 from udanb.core import read_json
 from udanb.demo import write_demo
-from udanb.recipes import RECIPES, Recipe, batches, build, folders, make_recipe
+from udanb.recipes import RECIPES, batches, build, folders, make_recipe
 from udanb.runs import load_run, read_run, run, run_name
 from udanb.weights import load_weights
 
