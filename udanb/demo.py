@@ -43,7 +43,7 @@ def _ends(s):
 COLORS = {m: _ends(s) for m,s in _COLORS.items()}      # material -> (2,n,3): n colours at each end of the dial
 
 # %% ../nbs/03_demo.ipynb #401057a5
-DIAL = dict(source=(0.,.3), target=(.6,1.))            # where on the dial a domain's images lie
+DIAL = dict(source=(0.,.2), target=(.9,1.1))           # where on the dial a domain's images lie
 GRAIN = dict(asphalt=((2,2,3),(3,5,8)), pavement=((1,4,2),(3,6,7)), grass=((5,6,3),(3,8,9)), facade=((2,1,3),(3,3,8)),
              crown=((5,10,3),(3,13,9)), sky=((0,0,0),(0,0,4)))
 WEATHER = dict(shade=(1.,.25),                         # how much darker a side in the shade is
