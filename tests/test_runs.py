@@ -75,7 +75,7 @@ def test_half_written_checkpoint_is_named(data, tmp_path):
 def test_checkpoint_of_another_recipe(data, tmp_path):
     r = make_recipe('dacs', 'demo', over=TINY)
     run(r, data, tmp_path/'r', quiet=True)
-    with pytest.raises(ValueError, match="lr: 0.0002 there, 0.001 here"): run(replace(r, lr=1e-3), data, tmp_path/'r', quiet=True)
+    with pytest.raises(ValueError, match=f"lr: {r.lr} there, 0.001 here"): run(replace(r, lr=1e-3), data, tmp_path/'r', quiet=True)
     (tmp_path/'r'/'recipe.json').unlink(); (tmp_path/'r'/'metrics.json').unlink()
     with pytest.raises(ValueError, match="checkpoint.pt belongs to another recipe"): run(replace(r, lr=1e-3), data, tmp_path/'r', quiet=True)
 
@@ -110,6 +110,13 @@ def test_class_that_never_occurs_with_rcs(data, tmp_path):
     src,tgt,_ = folders(r, data)
     with pytest.warns(UserWarning, match='never occur and will not be drawn.*train'): next(iter(batches(r, src, tgt)(0)))
 
+def test_demo_read_as_gta_and_cityscapes(data, tmp_path):
+    "The pair gta → cityscapes on the demo's files: the very specs and code that read the published datasets, margins included"
+    r = make_recipe('daformer', 'gta', over=TINY)
+    src,tgt,val = folders(r, data/'demo')
+    assert (src.spec.name,tgt.spec.name)==('gta','cityscapes') and tgt.margins and tgt.labels is None
+    assert read_json(run(r, data/'demo', tmp_path/'r', quiet=True)/'metrics.json')['target']=='cityscapes'
+
 # ---- every recipe and every file in params/
 
 @pytest.mark.parametrize('name', RECIPES)
@@ -119,6 +126,13 @@ def test_every_recipe_steps_twice(name, data, tmp_path):
     assert m['steps']==2 and ('teacher' in m['miou'])==(name in ('dacs','daformer')) and len(m['iou']['student'])==19
     x = torch.zeros(1,3,64,64)
     assert load_run(out)(x).logits.shape==(1,19,16,16)
+
+def test_mixed_precision_steps(data, tmp_path):
+    "bf16 through Accelerate, in a process of its own (Accelerate fixes the precision once per process)"
+    script = f'from udanb.recipes import *; t = build(make_recipe("daformer", "demo", over={TINY | dict(precision="bf16")!r}), {str(data)!r}, {str(tmp_path)!r}, quiet=True)\n' \
+             'from udanb.core import *; import torch\nlog = t.fit(); assert t.it==2 and next(t.student.parameters()).dtype==torch.float32'
+    p = subprocess.run([sys.executable, '-c', script.replace('import *; t', 'build, make_recipe; t')], env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert p.returncode==0, p.stderr[-2000:]
 
 def test_parity_recipe_steps(data, tmp_path):
     over = TINY | dict(parity=True, margins='rows')
