@@ -129,9 +129,16 @@ def test_every_recipe_steps_twice(name, data, tmp_path):
 
 def test_mixed_precision_steps(data, tmp_path):
     "bf16 through Accelerate, in a process of its own (Accelerate fixes the precision once per process)"
-    script = f'from udanb.recipes import *; t = build(make_recipe("daformer", "demo", over={TINY | dict(precision="bf16")!r}), {str(data)!r}, {str(tmp_path)!r}, quiet=True)\n' \
-             'from udanb.core import *; import torch\nlog = t.fit(); assert t.it==2 and next(t.student.parameters()).dtype==torch.float32'
-    p = subprocess.run([sys.executable, '-c', script.replace('import *; t', 'build, make_recipe; t')], env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    script = f'''
+import torch
+from udanb.recipes import build, make_recipe
+t = build(make_recipe("daformer", "demo", over={TINY | dict(precision="bf16")!r}), {str(data)!r}, {str(tmp_path)!r}, quiet=True)
+dtypes = set()
+t.student.head.conv_seg.register_forward_hook(lambda m,i,o: dtypes.add(o.dtype))
+t.fit()
+assert t.it==2 and torch.bfloat16 in dtypes and next(t.student.parameters()).dtype==torch.float32
+'''
+    p = subprocess.run([sys.executable, '-c', script], env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert p.returncode==0, p.stderr[-2000:]
 
 def test_parity_recipe_steps(data, tmp_path):
