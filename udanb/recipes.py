@@ -93,7 +93,7 @@ RECIPES = dict(
 SETTINGS = dict(
     gta=dict(),
     town=dict(backbone='tf_efficientnet_lite0', dim=64, steps=600, fit=(240,320), crop=(192,256), lr=3e-4, head_mult=30., warmup=50, alpha=.98,
-              freeze_bn=True, rcs_T=.1, rcs_px=256, eval_every=200, save_every=100, before=True),
+              freeze_bn=True, rcs_px=256, eval_every=200, save_every=100, before=True),
     demo=dict(backbone='tf_efficientnet_lite0', dim=64, steps=300, crop=(128,128), lr=3e-4, head_mult=30., warmup=30, alpha=.98,
               freeze_bn=True, rcs_px=48, eval_every=100, save_every=100, before=True))
 
