@@ -122,7 +122,7 @@ def step(self:Trainer,
     for g,lr in zip(self.opt.param_groups, self.base): g['lr'] = lr*self.schedule(self.it, self.steps)
     src,tgt = src.to(self.acc.device), tgt and tgt.to(self.acc.device)
     if self.teacher is not None: self.teacher.update(self.student, self.it)
-    s,passes,logs = Step(src, tgt, self.model, self.teacher, self.it, self.acc.autocast),None,{}
+    s,logs = Step(src, tgt, self.model, self.teacher, self.it, self.acc.autocast),{}
     passes = self.method(s)
     for i in range(len(self.method)):
         with nullcontext() if i==len(self.method)-1 else self.acc.no_sync(self.model):
