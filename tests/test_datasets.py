@@ -6,7 +6,9 @@ import cv2, numpy as np, pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 from udanb.core import IGNORE, project_root
+from udanb.catalog import *
 from udanb.datasets import *
+from udanb.files import *
 from udanb.labels import CAMVID11, CAMVID_MERGE, CITYSCAPES19, ZEROWASTE5
 
 SHARED = project_root(Path(__file__).parent).parent/'shared'/'data'
@@ -135,7 +137,7 @@ def test_every_dataset_says_where_to_get_it(tmp_path):
 def test_empty_folder(tmp_path):
     (tmp_path/'gta/images').mkdir(parents=True)
     (tmp_path/'gta/images/readme.txt').write_text('x')
-    with pytest.raises(ValueError, match=r'images holds no image that ends in \.png'): SegFolder(GTA, tmp_path)
+    with pytest.raises(ValueError, match=r"images holds no image of split 'train' that ends in \.png; a published file is images/00001\.png"): SegFolder(GTA, tmp_path)
 
 def test_corrupt_image_in_a_folder(gta):
     p = gta/'gta/images/00001.png'
@@ -179,7 +181,7 @@ def test_target_without_label_files(gta):
     city(gta, 'train', 'aachen/a_000000', 'bochum/b_000000', labels=None)
     city(gta, 'val', 'ulm/u_000000')
     src,tgt,val = PAIRS['gta'].folders(gta)
-    assert (len(src),len(tgt),len(val))==(3,2,1) and tgt.image(1).shape==(40,56,3)
+    assert (len(src),len(tgt),len(val['cityscapes']))==(3,2,1) and tgt.image(1).shape==(40,56,3)
     with pytest.raises(ValueError, match='opened without labels'): tgt.label(0)
     with pytest.raises(FileNotFoundError, match='gtFine'): SegFolder(CITYSCAPES, gta)
 
@@ -265,27 +267,39 @@ def test_margins_follow_the_size(tmp_path):
         assert SegFolder(CITYSCAPES, tmp_path, split, labels=False).margins==want
     assert SegFolder(replace(CITYSCAPES, margins=None), tmp_path, labels=False).margins is None
 
-# ---------------------------------------------------------------- pairs
+def test_images_without_labels_are_left_out_where_asked(gta):
+    (gta/'gta/labels/00001.png').unlink()
+    f = SegFolder(GTA, gta, skip_broken=True)
+    assert len(f)==2 and f.key(1)=='00002' and list(f.skipped)==['images/00001.png'] and 'no label' in f.skipped['images/00001.png']
+    assert np.array_equal(f.label(1), SegFolder(GTA, gta, skip_broken=True).without({'images/00000.png':'x'}).label(0))
+    for p in (gta/'gta/labels').iterdir(): p.unlink()
+    with pytest.raises(ValueError, match='3 of 3 images'): SegFolder(GTA, gta, skip_broken=True)     # never an empty folder in silence
 
-def test_pairs():
-    g = find_pair('gta')
-    assert (g.source.name,g.target.name,g.space,g.merge,g.src_fit,g.tgt_fit)==('gta','cityscapes',CITYSCAPES19,{},(720,1280),(512,1024))
-    t = find_pair('town')
-    assert (t.target.name,t.space,t.merge,t.src_fit,t.tgt_fit)==('camvid',CAMVID11,CAMVID_MERGE,None,None)
-    assert find_pair('gta','cityscapes') is g and find_pair('demo','demo') is find_pair('demo')
-    odd = find_pair('gta','camvid')
-    assert odd.space is CAMVID11 and odd.src_fit==(720,1280) and odd.tgt_fit is None
-    with pytest.raises(ValueError, match="did you mean 'gta'"): find_pair('gtaa')
-    with pytest.raises(ValueError, match="did you mean 'cityscapes'"): find_pair('gta','cityscape')
+def test_a_folder_that_cannot_be_listed(gta, monkeypatch):
+    def refuse(p, *a):
+        raise PermissionError(13, 'Permission denied', str(p))
+    monkeypatch.setattr(os, 'scandir', refuse)
+    with pytest.raises(OSError, match='cannot be listed') as e: SegFolder(GTA, gta)
+    assert 'gta/images' in str(e.value)
 
-def test_the_demo_under_the_real_names(tmp_path):
-    demo = pytest.importorskip('udanb.demo')
-    demo.write_demo(tmp_path/'demo', n_source=2, n_target=2, n_val=1, size=(64,128))
-    a,b = PAIRS['demo'].folders(tmp_path),PAIRS['gta'].folders(tmp_path/'demo')
-    for x,y in zip(a,b):
-        assert [x.path(i) for i in range(len(x))]==[y.path(i) for i in range(len(y))]
-        assert np.array_equal(x.image(0), y.image(0))
-        if x.labels is not None: assert np.array_equal(x.label(0), y.label(0)) and (x.label(0)<19).any()
+def test_splits_of_several_parts(tmp_path):
+    for part in ('train','val','test'):
+        save_image(tmp_path/f'zw/{part}/data/01.PNG')
+        save_label(tmp_path/f'zw/{part}/sem_seg/01.PNG', np.full((40,56), dict(train=1, val=2, test=3)[part], np.uint8))
+    zw = replace(ZEROWASTE_V1, folder='zw')
+    f = SegFolder(zw, tmp_path)
+    assert f.names==['train/data/01.PNG','val/data/01.PNG','test/data/01.PNG'] and [f.label(i).max() for i in range(3)]==[1,2,3]
+    assert len(SegFolder(zw, tmp_path, 'val'))==1
+
+def test_shrink_halves_as_pil_does(tmp_path):
+    spec = replace(GTA, shrink=dict(train=.5), drop=())
+    save_image(tmp_path/'gta/images/1.png', size=(40,57))
+    ids = np.random.default_rng(0).choice(PAPER, (40,57)).astype(np.uint8)
+    save_label(tmp_path/'gta/labels/1.png', ids)
+    f,whole = SegFolder(spec, tmp_path),SegFolder(GTA, tmp_path)
+    assert f.size(0)==(20,28) and f.label(0).shape==(20,28)
+    assert np.array_equal(f.image(0), np.asarray(Image.fromarray(whole.image(0)).resize((28,20), Image.BICUBIC)))
+    assert np.array_equal(f.label(0, hw=f.size(0)), np.asarray(Image.fromarray(whole.label(0)).resize((28,20), Image.NEAREST)))
 
 # ---------------------------------------------------------------- the data we have
 
@@ -302,7 +316,8 @@ def test_town_equals_upstreams_conversion_and_statistics():
 
 @needs_shared
 def test_camvid_in_its_eleven_classes():
-    src,tgt,val = PAIRS['town'].folders('../shared/data')
+    src,tgt,vals = PAIRS['town'].folders('../shared/data')
+    val = vals['camvid']
     assert (len(src),len(tgt),len(val))==(700,367,101) and tgt.labels is None
     for i in range(0, 101, 25):
         raw,lbl = read_ids(val.label_path(i)),val.label(i)

@@ -1,5 +1,5 @@
 "The label tables against the published converter, cityscapesscripts, and the data we have"
-import json
+import json, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
@@ -79,6 +79,33 @@ def test_stray_id_names_file_value_and_remedy(v, dtype):
 def test_id_outside_a_short_table():
     with pytest.raises(ValueError, match='5'): remap(np.full((2,2),5,np.uint8), id_table({0:0,1:1}, n=5))
 
+def test_remap_of_arrays_as_they_come():
+    "Read-only (from PIL), flipped, strided and empty labels; the label itself is never changed"
+    tab = id_table(CITYSCAPES_IDS, CITYSCAPES_VOID)
+    lbl = np.random.default_rng(0).choice([7,8,26,0,255], (31,47)).astype(np.uint8)
+    want,keep = np.array([[tab[v] for v in row] for row in lbl], np.uint8),lbl.copy()
+    frozen = lbl.copy(); frozen.flags.writeable = False
+    for x,w in ((frozen,want),(lbl[::-1],want[::-1]),(lbl[:,::-2],want[:,::-2]),(lbl.T,want.T),(lbl[3:9,5:8],want[3:9,5:8]),(lbl[:0],want[:0])):
+        out = remap(x, tab)
+        assert out.shape==w.shape and out.dtype==np.uint8 and (out==w).all() and out.flags.writeable
+    assert (lbl==keep).all()
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0,2**32-1), st.integers(1,300), st.sampled_from([np.s_[:],np.s_[::-1],np.s_[1:5,2:9],np.s_[:,::3],np.s_[:0]]))
+def test_counts_equal_numpy_unique(seed, piece, cut):
+    x = np.random.default_rng(seed).integers(0, 256, (17,23), np.uint8)[cut]
+    n = count_ids(x, piece)
+    ids,px = np.unique(x, return_counts=True)
+    assert n.shape==(256,) and n.dtype==np.int64 and n.sum()==x.size
+    assert np.flatnonzero(n).tolist()==ids.tolist() and n[ids].tolist()==px.tolist()
+
+def test_counts_are_exact_beyond_float32():
+    "4099·4101 is odd and above 2**24: float32 has no such number"
+    assert count_ids(np.full((4099,4101), 3, np.uint8))[3]==4099*4101
+
+def test_only_bytes_are_counted():
+    with pytest.raises(ValueError, match='int64.*remap'): count_ids(np.zeros((2,2), np.int64))
+
 @pytest.mark.parametrize('bad', [np.zeros((4,4,3),np.uint8), np.zeros((4,4),np.float32), np.zeros(4,np.uint8)])
 def test_not_a_label(bad):
     with pytest.raises(ValueError, match='x.png'): remap(bad, id_table(CITYSCAPES_IDS), 'x.png')
@@ -98,3 +125,13 @@ def test_shared_labels_are_all_known(pattern, ids, void):
     files = sorted(SHARED.glob(pattern))[::25]
     if not files: pytest.skip('the shared data are not here')
     for f in files: remap(np.array(Image.open(f)), id_table(compose(ids, into(CAMVID11,CAMVID_MERGE)), void), f)
+
+def test_the_benchmark_of_data_in_quick_mode():
+    "It checks by itself that the published way and ours agree; here, that ours is not the slower one"
+    bench = HERE.parent/'bench'/'data.py'
+    old = bench.with_suffix('.md').read_text()
+    run = subprocess.run([sys.executable, str(bench), '--quick'], capture_output=True, text=True, timeout=120)
+    assert not run.returncode, run.stderr
+    rows = [[c.strip() for c in l.strip('|').split('|')] for l in run.stdout.splitlines() if '≥' in l]
+    assert len(rows)==6 and all(float(r[3].strip('*'))>1 for r in rows), run.stdout
+    assert bench.with_suffix('.md').read_text()==old                # quick runs are not stored

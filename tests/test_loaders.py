@@ -1,40 +1,18 @@
-"Class statistics, rare-class sampling, and batches that are a function of (seed, step)"
-import json, os, pickle, random, time, warnings
+"Several datasets as one, and batches that are a function of (seed, step)"
+import pickle, random, shutil, warnings
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 import cv2, numpy as np, pytest, torch
-from PIL import Image
-from udanb import loaders
-from udanb.datasets import DATASETS, SegFolder
-from udanb.labels import CAMVID11, CAMVID_MERGE, CITYSCAPES19, CITYSCAPES_IDS
-from udanb.loaders import (RareClassSampler, class_stats, count_label, count_labels, eval_loader, label_keys, native_ids, pair_loader,
-                           rcs_px, stats_files)
-from udanb.transforms import EvalTfm, TrainTfm
-
-GOLDEN = Path(__file__).parent/'golden'
-IDS = np.array(sorted(CITYSCAPES_IDS, key=CITYSCAPES_IDS.get), np.uint8)   # train id -> label id
-
-def write(path, a):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(a).save(path)
-
-@pytest.fixture
-def data(tmp_path, monkeypatch):
-    "GTA with 10 images; Cityscapes with two cities whose files have equal names, labels for val only"
-    monkeypatch.chdir(tmp_path)                                            # caches go below the working directory, not into the project
-    rng = np.random.default_rng(0)
-    img = lambda: rng.integers(0, 256, (40,60,3), dtype=np.uint8)
-    for i in range(10):
-        lbl = rng.integers(0, 19, (4,6)).repeat(10,0).repeat(10,1)
-        write(tmp_path/f'gta/images/{i:05d}.png', img())
-        write(tmp_path/f'gta/labels/{i:05d}.png', np.where(lbl==8, 4, IDS[lbl]).astype(np.uint8))   # vegetation becomes a void id
-    for s in ('train','val'):
-        for k,city in enumerate(('aachen','bonn')):
-            write(tmp_path/f'cityscapes/leftImg8bit/{s}/{city}/x_leftImg8bit.png', img())
-            if s=='val': write(tmp_path/f'cityscapes/gtFine/{s}/{city}/x_gtFine_labelIds.png', np.full((40,60), IDS[k], np.uint8))
-    return tmp_path
-
-def gta(root, **kw): return SegFolder(DATASETS['gta'], root, **kw)
-def city(root, split='train', **kw): return SegFolder(DATASETS['cityscapes'], root, split, **kw)
+from hypothesis import given, settings, strategies as st
+from test_stats import city, data, gta, write
+from udanb import datasets
+from udanb.catalog import GTA
+from udanb.datasets import SegFolder
+from udanb.labels import CAMVID11, CITYSCAPES19, CITYSCAPES_IDS
+from udanb.loaders import SegConcat, draw_image, eval_loader, pair_loader
+from udanb.stats import RareClassSampler, class_stats
+from udanb.transforms import AUGMENT, EvalTfm, TrainTfm
 
 def kit(root, **kw):
     return dict(src=gta(root), tgt=city(root, labels=False), src_tfm=TrainTfm(None, (24,24), cat_max=.75), tgt_tfm=TrainTfm(None, (24,24), margins=(2,6,1,1)),
@@ -48,137 +26,6 @@ def same(a, b):
         for k in ('lbl','wgt'):
             p,q = getattr(x,k),getattr(y,k)
             assert p is q is None or p.equal(q)
-
-# ---------------------------------------------------------------- statistics
-
-def counted(folder): return [(n, {c:int((folder.label(i)==c).sum()) for c in range(len(folder.space)) if (folder.label(i)==c).any()}) for i,n in enumerate(folder.names)]
-
-@pytest.mark.parametrize('kw', [{}, dict(space=CAMVID11), dict(space=CAMVID11, merge=CAMVID_MERGE)])
-def test_stats_equal_counting(data, kw):
-    f = gta(data, **kw)
-    assert class_stats(f, quiet=True)==class_stats(f, quiet=True)==class_stats(f, cache=False, quiet=True)==counted(f)
-
-def test_the_file_has_upstreams_form_in_train_ids(data):
-    class_stats(gta(data, space=CAMVID11, merge=CAMVID_MERGE), quiet=True)
-    rows = json.loads((data/'gta/sample_class_stats.json').read_text())
-    assert [r['file'] for r in rows]==[f'labels/{i:05d}.png' for i in range(10)]
-    want = counted(gta(data))
-    assert [{int(c):n for c,n in r.items() if c!='file'} for r in rows]==[n for _,n in want]
-
-@pytest.mark.parametrize('prefix', ['data/gta/labels/', 'labels/', 'D:\\x\\gta\\labels\\'])
-def test_upstreams_file_is_read(data, prefix, monkeypatch):
-    rows = [{'0':100+i, '18':7, 'file':f'{prefix}{i:05d}_labelTrainIds.png'} for i in range(10)]
-    (data/'gta/sample_class_stats.json').write_text(json.dumps(rows))
-    monkeypatch.setattr(loaders, 'count_labels', lambda *a: pytest.fail('must not count'))
-    assert class_stats(gta(data))==[(f'images/{i:05d}.png', {0:100+i, 18:7}) for i in range(10)]
-    assert class_stats(gta(data, space=CAMVID11, merge=CAMVID_MERGE))[3][1]=={0:103, 10:7}
-
-def test_equal_names_in_two_folders_do_not_meet(data):
-    f = city(data, 'val')
-    assert [n for _,n in class_stats(f, quiet=True)]==[{0:2400},{1:2400}]==[n for _,n in class_stats(f, quiet=True)]
-    assert len(set(label_keys(f)))==2
-
-def test_only_what_is_new_is_counted(data, monkeypatch):
-    asked = []
-    real = loaders.count_labels
-    monkeypatch.setattr(loaders, 'count_labels', lambda f, idx, *a: asked.append(list(idx)) or real(f, idx, 0, True))
-    class_stats(gta(data, limit=4)); class_stats(gta(data, limit=3)); class_stats(gta(data))
-    assert asked==[[0,1,2,3],[4,5,6,7,8,9]]
-    later = time.time()+100
-    write(data/'gta/labels/00002.png', np.full((40,60), 7, np.uint8)); os.utime(data/'gta/labels/00002.png', (later,later))
-    assert class_stats(gta(data))[2][1]=={0:2400} and asked[-1]==[2]
-    (data/'gta/labels/00009.png').unlink(); (data/'gta/images/00009.png').unlink()
-    assert len(class_stats(gta(data)))==9
-
-def test_entries_of_other_files_survive(data):
-    f = data/'gta/sample_class_stats.json'
-    f.write_text(json.dumps([{'3':5, 'file':'elsewhere/labels/99999_labelTrainIds.png'}]))
-    class_stats(gta(data), quiet=True)
-    assert json.loads(f.read_text())[0]=={'3':5, 'file':'elsewhere/labels/99999_labelTrainIds.png'} and len(json.loads(f.read_text()))==11
-
-def test_read_only_dataset_goes_to_the_cache(data, monkeypatch):
-    real = loaders.atomic_write
-    def write_(p, x):
-        if p.parent==data/'gta': raise PermissionError(13, 'read-only')
-        return real(p, x)
-    monkeypatch.setattr(loaders, 'atomic_write', write_)
-    a = class_stats(gta(data), quiet=True)
-    assert not (data/'gta/sample_class_stats.json').exists() and stats_files(gta(data))[1].is_file()
-    monkeypatch.setattr(loaders, 'count_labels', lambda *a: pytest.fail('must not count'))
-    assert class_stats(gta(data))==a
-
-def test_nowhere_to_write_only_warns(data, monkeypatch):
-    def never(*a): raise OSError(30, 'read-only')
-    monkeypatch.setattr(loaders, 'atomic_write', never)
-    with pytest.warns(UserWarning, match='could not be kept'): a = class_stats(gta(data), quiet=True)
-    assert a==counted(gta(data))
-
-@pytest.mark.parametrize('text', ['[{"0": 1, "fi', '{"a": 1}', '[3]', '[{"road": 3, "file": "x"}]', '[{"0": 3}]'])
-def test_broken_statistics_say_so(data, text):
-    (data/'gta/sample_class_stats.json').write_text(text)
-    with pytest.raises(ValueError, match='sample_class_stats.json.*delete it'): class_stats(gta(data))
-
-@pytest.mark.parametrize('workers', [0,2])
-def test_a_broken_label_is_named(data, workers):
-    p = data/'gta/labels/00006.png'; p.write_bytes(p.read_bytes()[:60])
-    with pytest.raises(ValueError, match='00006.png'): count_labels(gta(data), range(10), workers, quiet=True)
-
-def test_town_statistics_equal_counting(shared_data):
-    if not (shared_data/'town').is_dir(): pytest.skip('needs ../shared/data/town')
-    kw = dict(root=shared_data, limit=8)
-    shipped = json.loads((shared_data/'town/sample_class_stats.json').read_text())
-    merged = SegFolder(DATASETS['town'], space=CAMVID11, merge=CAMVID_MERGE, **kw)
-    keys = label_keys(merged)
-    have,_ = loaders.read_stats(shared_data/'town/sample_class_stats.json', keys, ('.png','_labelTrainIds.png'))
-    raw = native_ids(merged)
-    assert len(shipped)==700 and [have[k] for k in keys]==[count_label(raw, i) for i in range(8)]
-    assert class_stats(merged, quiet=True)==counted(merged)
-
-# ---------------------------------------------------------------- rare-class sampling
-
-@pytest.mark.parametrize('T', ['0.01','0.1','1.0','inf'])
-def test_probabilities_equal_published(T):
-    rows = json.loads((GOLDEN/'rcs_stats/sample_class_stats.json').read_text())
-    stats = [(r['file'], {int(c):n for c,n in r.items() if c!='file'}) for r in rows]
-    want = json.loads((GOLDEN/'units.json').read_text())['rcs'][T]
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        rcs = RareClassSampler(stats, 19, float(T))
-    np.testing.assert_allclose(rcs.prob[want['classes']], want['probs'], rtol=2e-5, atol=1e-9)
-    if T!='inf': assert np.argsort(rcs.freq, kind='stable').tolist()==want['classes']
-
-def test_temperature():
-    two = RareClassSampler([('a', {0:505_000, 1:495_000})], 2)
-    assert np.isclose(two.prob[1]/two.prob[0], np.e)
-    even = RareClassSampler([('a', {c:4000 for c in range(7)})], 7)
-    np.testing.assert_allclose(even.prob, 1/7)
-
-def test_draws_follow_probabilities_and_show_the_class():
-    rng = np.random.default_rng(1)
-    stats = [(str(i), {c:int(n) for c,n in enumerate(rng.integers(0, [40_000,9000,5000,3500]))}) for i in range(30)]
-    rcs = RareClassSampler(stats, 4, T=.3)
-    got = [rcs.draw(rng) for _ in range(5000)]
-    assert all(stats[i][1][c]>3000 for i,c in got)
-    np.testing.assert_allclose(np.bincount([c for _,c in got], minlength=4)/5000, rcs.prob, atol=.03)
-    ok = [i for i,s in enumerate(stats) if s[1][1]>3000]
-    share = np.bincount([i for i,c in got if c==1], minlength=30)[ok]; share = share/share.sum()
-    assert abs(share-1/len(ok)).max()<.05
-
-def test_absent_and_small_classes_warn_once():
-    stats = [('a', {0:90_000, 2:50}), ('b', {0:90_000, 2:20})]
-    with pytest.warns(UserWarning) as w: rcs = RareClassSampler(stats, 4, names=('road','wall','bike','train'))
-    assert len(w)==1 and 'wall, train' in str(w[0].message) and 'bike' in str(w[0].message)
-    assert rcs.prob[1]==rcs.prob[3]==0 and rcs.prob[2]>.6 and np.isclose(rcs.prob.sum(), 1)
-    assert {rcs.draw(np.random.default_rng(i)) for i in range(50)}=={(0,2)}       # the rare class, in the image that has most of it
-
-def test_no_class_at_all_is_an_error():
-    with pytest.raises(ValueError, match='no labelled pixel'): RareClassSampler([('a',{})], 5)
-    with pytest.raises(ValueError, match='no labelled pixel'): RareClassSampler([], 5)
-
-def test_pixel_limits_scale_by_area():
-    assert rcs_px((1052,1914), (704,1280))==(3000,1500)
-    m,c = rcs_px((526,957), (352,640))
-    assert (m,c)==(750,375) and rcs_px((1052,1914), (704,1280), ratio=2)==(3000,6000)
 
 # ---------------------------------------------------------------- batches
 

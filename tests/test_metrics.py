@@ -6,7 +6,7 @@ from hypothesis import given, settings, strategies as st
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, jaccard_score
 from udanb.core import IGNORE
 from udanb.labels import CAMVID11, CITYSCAPES19, SYNTHIA16
-from udanb.metrics import Confusion, iou_dict, miou_table
+from udanb.metrics import Confusion, _pairs, _slots, iou_dict, miou_table
 
 GOLDEN = Path(__file__).parent/'golden'
 spec = importlib.util.spec_from_file_location('golden_rules', GOLDEN/'rules.py')
@@ -42,6 +42,30 @@ def test_equals_sklearn(seed, n, dtype):
     assert np.isnan(np.delete(c.iou(), there)).all()
     np.testing.assert_allclose(c.miou(), jaccard_score(lbl[keep], pred[keep], labels=there, average='macro', zero_division=0))
     np.testing.assert_allclose(c.acc(), (lbl==pred)[keep].mean())
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 300))
+def test_both_ways_to_count_pairs_equal_sklearn(seed, piece):
+    "On the CPU in pieces, and as it is done on a device"
+    rng = np.random.default_rng(seed)
+    t,p = rng.integers(0, 256, (2,221), np.uint8)
+    want = confusion_matrix(t, p, labels=range(256))
+    for n in (_pairs(torch.from_numpy(t), torch.from_numpy(p), piece), _slots(torch.from_numpy(t), torch.from_numpy(p))):
+        assert n.dtype==torch.int64
+        np.testing.assert_array_equal(n, want)
+
+def test_counts_are_exact_beyond_float32():
+    "4099·4101 is odd and above 2**24: float32 has no such number"
+    x = np.ones((4099,4101), np.uint8)
+    assert Confusion(2).update(x, x).mat.tolist()==[[0,0],[0,4099*4101]]
+
+@pytest.mark.gpu
+def test_on_a_gpu_as_on_the_cpu():
+    if not torch.cuda.is_available(): pytest.skip('needs a GPU')
+    pred,lbl = random_maps(0, 19)
+    c = Confusion(19, 'cuda').update(torch.from_numpy(pred).cuda().long(), lbl)
+    assert c.mat.is_cuda and c.mat.cpu().equal(Confusion(19).update(pred, lbl).mat)
+    with pytest.raises(ValueError, match='outside the 19'): c.update(torch.full((2,2), 30, device='cuda'), torch.zeros(2, 2, device='cuda').long())
 
 def test_class_accuracy_equals_sklearn():
     pred,lbl = random_maps(3, 8)

@@ -51,23 +51,20 @@ def test_readme_links_lead_somewhere():
     assert links and not [l for l in links if not (ROOT/l).exists()]
 
 def test_readme_own_data_snippet(tmp_path):
-    "The code README shows for own data is run as it stands"
-    import numpy as np
+    "The description README shows for own data is read as it stands"
+    import numpy as np, yaml
     from PIL import Image
-    from udanb.datasets import DATASETS, SegFolder, find_pair
-    snippet = re.search(r'^```python\n(.*?)^```', (ROOT/'README.md').read_text(), re.M|re.S)[1]
+    from udanb.catalog import find_pair
+    from udanb.datasets import SegFolder
+    p = yaml.safe_load(re.search(r'^```yaml\n(.*?)^```', (ROOT/'README.md').read_text(), re.M|re.S)[1])
     for split in ('train','val'):
-        for d in ('photos','masks'): (tmp_path/'yard'/d/split).mkdir(parents=True)
-        Image.fromarray(np.full((8,12,3), 90, np.uint8)).save(tmp_path/f'yard/photos/{split}/a.jpg')
-    Image.fromarray(np.arange(96, dtype=np.uint8).reshape(8,12)//24).save(tmp_path/'yard/masks/val/a.png')
-    try:
-        exec(snippet, {})
-        spec = DATASETS['yard']
-        assert find_pair('gta', 'yard').target==spec
-        assert len(SegFolder(spec, tmp_path, 'train', labels=False))==1          # no label needed
-        lbl = SegFolder(spec, tmp_path, 'val').label(0)
-        assert [lbl[i,0] for i in (0,2,4,6)]==[255,0,8,13]
-    finally: DATASETS.pop('yard', None)
+        for d in ('photos','masks'): (tmp_path/'yard'/d/split/'monday').mkdir(parents=True)
+        Image.fromarray(np.full((8,12,3), 90, np.uint8)).save(tmp_path/f'yard/photos/{split}/monday/a.jpg')
+    Image.fromarray(np.repeat(np.array([1,2,9,9], np.uint8), 24).reshape(8,12)).save(tmp_path/'yard/masks/val/monday/a_mask.png')
+    spec = find_pair(p['source'], p['target'], p['datasets']).targets[0]
+    assert len(SegFolder(spec, tmp_path, 'train', labels=False))==1          # no label needed
+    lbl = SegFolder(spec, tmp_path, 'val').label(0)
+    assert [lbl[i,0] for i in (0,2,4,6)]==[0,8,255,255] and SegFolder(spec, tmp_path, 'val').margins==(0,40,0,0)
 
 def test_run_shows_bars_and_keeps_last_state(tmp_path):
     "tools/run.py passes a bar on as it moves; the executed notebook holds one line per bar, and -p arrives"
@@ -212,7 +209,7 @@ def test_constraints_pin_every_requirement():
 
 def test_imports_are_declared():
     "Every package that a module imports is a requirement: the dev extra may be absent where the library is used"
-    dist = dict(PIL='pillow', yaml='pyyaml', segmentation_models_pytorch='segmentation-models-pytorch', cv2='albumentations')
+    dist = dict(PIL='pillow', yaml='pyyaml', segmentation_models_pytorch='segmentation-models-pytorch', cv2='albumentations', kornia_rs='kornia-rs')
     known = set(settings()['requirements'].split()) | {'udanb'}
     for f in (ROOT/'udanb').rglob('*.py'):
         for o in ast.walk(ast.parse(f.read_text())):

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['CITYSCAPES19', 'CITYSCAPES_IDS', 'CITYSCAPES_VOID', 'SYNTHIA_IDS', 'SYNTHIA_VOID', 'SYNTHIA16', 'SYNTHIA13',
            'CAMVID11', 'ZEROWASTE5', 'SPACES', 'CAMVID_MERGE', 'UNKNOWN', 'LabelSpace', 'into', 'compose', 'id_table',
-           'remap', 'colorize']
+           'remap', 'count_ids', 'colorize']
 
 # %% ../nbs/01_labels.ipynb #7b29a74d
 from dataclasses import dataclass
-import numpy as np
+import cv2, numpy as np
 from fastcore.basics import patch
 from .core import IGNORE, pick
 
@@ -132,6 +132,8 @@ def lut(self:LabelSpace, merge:dict={})->np.ndarray:
     return id_table(into(self, merge))
 
 # %% ../nbs/01_labels.ipynb #e9348852
+def _byte_table(t): return t[:256] if len(t)>=256 else np.pad(t, (0,256-len(t)), constant_values=UNKNOWN)
+
 def remap(
     lbl:np.ndarray,   # (H,W) integers, as read from a file
     table:np.ndarray, # from `id_table`
@@ -141,15 +143,28 @@ def remap(
     where,lbl = name or 'label',np.asarray(lbl)
     if lbl.ndim!=2 or lbl.dtype.kind not in 'iu':
         raise ValueError(f'{where}: a label is (H,W) integers, not {lbl.shape} {lbl.dtype}; is this a colour image instead of an id image?')
-    big = lbl.dtype!=np.uint8 or len(table)<256
-    out = table[np.clip(lbl, 0, len(table)-1) if big else lbl]
-    if big: out[(lbl<0)|(lbl>=len(table))] = UNKNOWN
+    if lbl.size and (lbl.dtype==np.uint8 or not np.bitwise_or.reduce(lbl, axis=None)>>8):   # all values are bytes
+        out = cv2.LUT(lbl.astype(np.uint8, copy=False), _byte_table(table))
+    else:
+        out = table[np.clip(lbl, 0, len(table)-1)]
+        out[(lbl<0)|(lbl>=len(table))] = UNKNOWN
     if (stray := out==UNKNOWN).any():
         ids = ', '.join(f'{i} ({n} px)' for i,n in zip(*np.unique(lbl[stray], return_counts=True)))
         raise ValueError(f"{where}: ids outside the table: {ids}; known ids: {np.flatnonzero(table!=UNKNOWN).tolist()}. "
                          "Is it the right kind of label file (label ids, train ids)? If these ids are legal, list them in the dataset's "
                          "`ids`, or in its `void` to ignore them.")
     return out
+
+# %% ../nbs/01_labels.ipynb #2782bf85
+def count_ids(
+    lbl:np.ndarray, # uint8, any shape
+    piece=2**24,    # pixels counted at once: above this a float32 count would be rounded
+)->np.ndarray: # (256,) int64: pixels of each value
+    "How often each value occurs"
+    if lbl.dtype!=np.uint8: raise ValueError(f'labels are counted as uint8, not {lbl.dtype}; translate them with `remap` first')
+    x,n = np.ascontiguousarray(lbl).reshape(-1),np.zeros(256, np.int64)
+    for i in range(0, len(x), piece): n += cv2.calcHist([x[i:i+piece]], [0], None, [256], [0,256]).ravel().astype(np.int64)
+    return n
 
 # %% ../nbs/01_labels.ipynb #e25fa492
 def colorize(

@@ -7,7 +7,7 @@ __all__ = ['Confusion', 'iou_dict', 'delta_table', 'miou_table']
 
 # %% ../nbs/42_metrics.ipynb #9fe40ba1
 from fastcore.basics import patch
-import numpy as np, pandas as pd, torch
+import cv2, numpy as np, pandas as pd, torch
 from torch import Tensor
 from .core import IGNORE
 
@@ -31,12 +31,12 @@ class Confusion:
     def __add__(self, other): return Confusion(self.n, self.mat.device).add_(self.mat).add_(other.mat)
     def __repr__(self): return f'Confusion({self.n} classes, {self.mat.sum():,} pixels, mIoU {100*self.miou():.2f})'
 
-# %% ../nbs/42_metrics.ipynb #e04e2916
+# %% ../nbs/42_metrics.ipynb #f462fdbd
 def _flat(
     x,         # integers, array or tensor of any shape
     what:str,  # for messages
     device,
-)->Tensor: # flat, on `device`, values 0…255
+)->Tensor: # flat uint8, on `device`
     "Check that these are class numbers"
     if isinstance(x, np.ndarray):                 # torch wants a writable array without flips, of a type it knows
         x = torch.from_numpy(np.require(x, np.int64 if x.dtype.kind in 'iu' and x.dtype!=np.uint8 else x.dtype, 'CW'))
@@ -45,7 +45,7 @@ def _flat(
     if x.dtype!=torch.uint8 and x.numel():
         lo,hi = (int(v) for v in x.aminmax())
         if lo<0 or hi>255: raise ValueError(f'{what} with values from {lo} to {hi}; classes and {IGNORE} lie within 0…255')
-    return x.flatten()
+    return x.to(torch.uint8).flatten()
 
 def _no(
     counts:Tensor, # (256,) pixels of each value
@@ -55,6 +55,22 @@ def _no(
     "Raise `ValueError` naming the values that occurred and should not"
     if bad := {i:c for i,c in enumerate(counts.tolist()) if c}:
         raise ValueError(f"{what} outside the {n} classes: {', '.join(f'{i} ({c} px)' for i,c in bad.items())}; is it in another numbering?")
+
+# %% ../nbs/42_metrics.ipynb #e04e2916
+def _slots(t, p): return torch.bincount(t.int().mul_(256).add_(p), minlength=65536).view(256,256)
+
+def _pairs(
+    t:Tensor,    # flat uint8
+    p:Tensor,    # the same
+    piece=2**24, # pixels counted at once: above this a float32 count would be rounded
+)->Tensor: # (256,256) int64: pixels of each pair (t,p)
+    "How often each pair of values occurs"
+    if t.device.type!='cpu': return _slots(t, p)
+    hist,t,p = torch.zeros(256, 256, dtype=torch.int64),t.numpy(),p.numpy()
+    for i in range(0, len(t), piece):
+        n = cv2.calcHist([t[i:i+piece],p[i:i+piece]], [0,1], None, [256,256], [0,256,0,256])
+        hist += torch.from_numpy(n).long()
+    return hist
 
 # %% ../nbs/42_metrics.ipynb #1e3a8f73
 @patch
@@ -66,7 +82,7 @@ def update(self:Confusion,
     n,dev = self.n,self.mat.device
     if tuple(pred.shape)!=tuple(lbl.shape): raise ValueError(f'prediction {tuple(pred.shape)} and label {tuple(lbl.shape)} differ in shape')
     p,t = _flat(pred, 'prediction', dev),_flat(lbl, 'label', dev)
-    hist = torch.bincount((t.int()*256).add_(p.int()), minlength=65536).view(256,256)
+    hist = _pairs(t, p)
     if int(hist[:n,:n].sum()+hist[IGNORE,:n].sum())!=p.numel():
         rows,cols = hist.sum(1),hist.sum(0)
         rows[:n] = 0; rows[IGNORE] = 0; cols[:n] = 0

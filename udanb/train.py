@@ -86,7 +86,7 @@ class Trainer:
         model:nn.Module,      # the student
         method:Method,        # what is asked of it
         groups:list,          # parameter groups of the student, each with its base `lr`
-        loader,               # start step -> iterable of (src, tgt) `Sample`s
+        loader,               # start step -> iterable of (src, tgt) `Sample`s, or of (src, tgt, skipped)
         steps:int,            # length of the run
         out,                  # folder for log.jsonl and checkpoint.pt
         seed:int=0,
@@ -100,7 +100,7 @@ class Trainer:
         quiet:bool=False,     # no progress bar
     ):
         store_attr(but='model,groups')
-        self.acc,self.out,self.it = acc or Accelerator(),Path(out),0
+        self.acc,self.out,self.it,self.skipped = acc or Accelerator(),Path(out),0,{}   # skipped: file -> why the loader left it out
         extra = [p for p in method.parameters() if p.requires_grad]
         groups = groups + ([dict(params=extra, lr=max(g['lr'] for g in groups))] if extra else [])
         self.base = [g['lr'] for g in groups]
@@ -187,9 +187,10 @@ def fit(self:Trainer)->list: # the log, one dict per step
     atomic_write(self.out/'log.jsonl', ''.join(json.dumps(r)+'\n' for r in log))
     bar = progress(desc=self.out.name, total=self.steps, initial=self.it, quiet=self.quiet or not self.acc.is_main_process)
     with bar, open(self.out/'log.jsonl', 'a', buffering=1) as f:
-        for src,tgt in self.loader(self.it) if self.it<self.steps else ():
+        for src,tgt,*more in self.loader(self.it) if self.it<self.steps else ():
             t0 = time.perf_counter()
             row = dict(it=self.it+1) | self.step(src, tgt) | dict(sec=round(time.perf_counter()-t0, 4))
+            if more and more[0]: row['skipped'],self.skipped = [n for n,_ in more[0]],self.skipped | dict(more[0])
             if self.due(self.eval_every): row |= self.score()
             for c in self.callbacks: c(self, row)
             log.append(row); f.write(json.dumps(row)+'\n')
@@ -223,7 +224,7 @@ def read_log(path, it)->list: # rows up to step `it`
 def brief(log, n=20)->str:
     "What the progress bar shows: total loss and q over the last steps, newest mIoU"
     last = log[-n:]; mean = lambda k: sum(r[k] for r in last)/len(last)
-    s = 'loss %.3f' % sum(mean(k) for k in last[-1] if k.split('/')[0] not in ('it','lr','q','sec','miou','iou'))
+    s = 'loss %.3f' % sum(mean(k) for k in last[-1] if k.split('/')[0] not in ('it','lr','q','sec','miou','iou','skipped'))
     if 'q' in last[-1]: s += f"  q {mean('q'):.2f}"
     scored = next((r for r in reversed(log) if 'miou/student' in r), None)
     return s+(f"  mIoU {scored['miou/student']:.1f}" + (f"/{scored['miou/teacher']:.1f}" if 'miou/teacher' in scored else '') if scored else '')
