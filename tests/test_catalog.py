@@ -191,3 +191,14 @@ def test_own_pair_needs_common_classes():
 def test_own_merge_and_known_spaces():
     s = own_dataset('y', D | dict(space='camvid11', merge={'truck':'car'}, classes=[dict(name='truck', id=3), dict(name='car', id=4)]))
     assert s.merge=={14:13} and s.labels[0].ids=={3:14, 4:13}
+
+def test_statistics_of_another_class_list_are_not_taken(tmp_path):
+    "The same files under two descriptions, and after an edit of the class list, are counted apart; upstream's file is not touched by own numberings"
+    from udanb.stats import class_stats
+    first = dict(folder='g', images='im/*.png', labels='lb/*.png', classes=[dict(name='a', id=1), dict(name='b', id=2)], space=dict(name='s', classes=['a','b']))
+    edited = first | dict(classes=[dict(name='b', id=1), dict(name='a', id=2)])
+    fake_tree(own_dataset('x', first), tmp_path, n=3)
+    one,two = (class_stats(SegFolder(own_dataset('x', d), tmp_path), quiet=True) for d in (first, edited))
+    assert [n for _,n in one]==[{0:2304, 1:2304}]*3 and sum(n[0] for _,n in two)==sum(n[1] for _,n in one)
+    files = sorted(p.name for p in (tmp_path/'g').glob('*.json'))
+    assert len(files)==2 and 'sample_class_stats.json' not in files

@@ -2,11 +2,14 @@
 import json, os, signal, subprocess, sys, time
 from dataclasses import replace
 from pathlib import Path
-import pytest, torch, yaml
+import numpy as np, pytest, torch, yaml
+from PIL import Image
+from udanb.catalog import CAMVID, TOWN
 from udanb.core import read_json
 from udanb.demo import write_demo
-from udanb.recipes import RECIPES, batches, build, folders, make_recipe
-from udanb.runs import load_run, read_run, run, run_name
+from udanb.own import fake_tree
+from udanb.recipes import RECIPES, batches, build, folders, make_recipe, pair_of
+from udanb.runs import load_run, read_run, run, run_name, scores
 from udanb.weights import load_weights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,9 +116,54 @@ def test_class_that_never_occurs_with_rcs(data, tmp_path):
 def test_demo_read_as_gta_and_cityscapes(data, tmp_path):
     "The pair gta → cityscapes on the demo's files: the very specs and code that read the published datasets, margins included"
     r = make_recipe('daformer', 'gta', over=TINY)
-    src,tgt,val = folders(r, data/'demo')
+    src,tgt,vals = folders(r, data/'demo')
+    assert list(vals)==['cityscapes']
     assert (src.spec.name,tgt.spec.name)==('gta','cityscapes') and tgt.margins and tgt.labels is None
     assert read_json(run(r, data/'demo', tmp_path/'r', quiet=True)/'metrics.json')['target']=='cityscapes'
+
+# ---- several domains, own data, broken files
+
+OWN = dict(mine=dict(folder='demo/cityscapes', images='leftImg8bit/train/*_leftImg8bit.png'))
+
+def test_target_without_any_label_trains_unscored(data, tmp_path):
+    r = make_recipe('daformer', 'demo', 'mine', over=TINY, datasets=OWN)
+    out = run(r, data, tmp_path/'r', quiet=True)
+    m = read_json(out/'metrics.json')
+    assert m['steps']==2 and m['miou']=={} and m['iou']=={} and scores(r, out, None)=={}
+    assert load_run(out)(torch.zeros(1,3,64,64)).logits.shape[1]==19             # the description travels with the run
+
+def test_two_sources_and_two_targets(data, tmp_path):
+    for s in (CAMVID,TOWN): fake_tree(s, tmp_path, size=(64,128))
+    os.symlink(data/'demo', tmp_path/'demo')
+    r = make_recipe('daformer', ['demo','town'], ['demo','camvid'], over=TINY | dict(source_weights=[1,3]))
+    assert run_name(r).startswith('demo+town-demo+camvid-daformer-s0')
+    m = read_json(run(r, tmp_path, tmp_path/'r', quiet=True)/'metrics.json')
+    each = m['targets']['student']
+    assert set(each)=={'demo_target','camvid'} and abs(m['miou']['student']-sum(e['miou'] for e in each.values())/2)<1e-6 and len(m['iou']['student'])==11
+    src,tgt,_ = folders(r, tmp_path)
+    assert np.isclose(src.share[:len(src.folders[0])].sum(), .25)
+    seen = {n for b,_ in zip(batches(r, src, tgt)(0), range(8)) for n in b.src.name}
+    assert any('town' in n for n in seen) and len(tgt.folders)==2
+    oracle = folders(replace(r, method='oracle'), tmp_path)[0]
+    assert [f.spec.name for f in oracle.folders]==['demo_target','camvid'] and oracle.labels is not None
+
+def test_broken_files_are_skipped_and_reported(tmp_path):
+    "A cut image, a label of another size and one with foreign numbers: an error each; with skip_broken the run ends and names them"
+    write_demo(tmp_path/'demo', n_source=6, n_target=4, n_val=3, size=(64,128))
+    bad = [sorted((tmp_path/'demo').glob(g))[k] for g,k in (('gta/images/*.png',0), ('gta/labels/*.png',1), ('gta/labels/*.png',2), ('cityscapes/leftImg8bit/train/*/*.png',1),
+                                                             ('cityscapes/gtFine/val/*/*_labelIds.png',0))]
+    bad[0].write_bytes(bad[0].read_bytes()[:150])
+    Image.fromarray(np.full((64,100), 7, np.uint8)).save(bad[1])
+    Image.fromarray(np.full((64,128), 99, np.uint8)).save(bad[2])
+    bad[3].write_bytes(b'')
+    bad[4].unlink()
+    r = make_recipe('dacs', 'demo', over=TINY | dict(steps=6, rcs=True))
+    with pytest.raises(ValueError): run(r, tmp_path, tmp_path/'r', quiet=True)
+    with pytest.warns(UserWarning, match='left out'): out = run(replace(r, skip_broken=True), tmp_path, tmp_path/'s', quiet=True)
+    skipped = read_json(out/'metrics.json')['skipped']
+    has = lambda stem: any(stem in n for n in skipped)
+    assert has(bad[1].stem) and has(bad[2].stem) and has(bad[4].name[:20]) and has(bad[3].stem), skipped
+    assert any('99 (' in w for w in skipped.values()) and any('100×64' in w for w in skipped.values())
 
 # ---- every recipe and every file in params/
 
@@ -150,13 +198,18 @@ def test_parity_recipe_steps(data, tmp_path):
 @pytest.mark.parametrize('f', sorted((ROOT/'params').glob('*.yaml')), ids=lambda f: f.stem)
 def test_every_params_file_is_a_recipe_that_steps(f, data, tmp_path):
     p = yaml.safe_load(f.read_text())
-    known = {'source','target','recipe','backbone','steps','seed','data_root','out','over'}
+    known = {'source','target','recipe','backbone','steps','seed','data_root','datasets','out','over'}
     assert set(p)<=known, f'{f.name}: {set(p)-known}'
-    over = p.get('over', {})
-    r = make_recipe(p.get('recipe','daformer'), p['source'], p.get('target'), over, **{k: p.get(k) for k in ('backbone','steps','seed')})
-    assert '# Command:' in f.read_text() and run_name(r)
-    small = replace(make_recipe(r.method, 'demo', over=over), **{k: v for k,v in TINY.items()}, limit=None, eval_every=0)
-    assert build(small, data, tmp_path, quiet=True).fit()[-1]['it']==2
+    assert '# Command:' in f.read_text()
+    asked = lambda over: make_recipe(p.get('recipe','daformer'), p['source'], p.get('target'), over, **{k: p.get(k) for k in ('backbone','steps','seed','datasets')})
+    r = asked(p.get('over', {}))
+    pair = pair_of(r)
+    for s in {s.name: s for s in (*pair.sources,*pair.targets)}.values():          # the very datasets it names, in their own layouts
+        if not s.folder.startswith('demo/'): fake_tree(s, tmp_path, size=(64,132))
+    os.symlink(data/'demo', tmp_path/'demo')
+    small = asked(p.get('over', {}) | TINY | dict(fit=(64,128), limit=None, eval_every=0))
+    m = read_json(run(small, tmp_path, tmp_path/'r', quiet=True)/'metrics.json')
+    assert run_name(r) and m['steps']==2 and set(m['targets'].get('student', {}))==({t.name for t in pair.targets} if len(pair.targets)>1 else set())
 
 # ---- the run notebook
 

@@ -10,7 +10,7 @@ from udanb.catalog import CITYSCAPES, GTA, TOWN
 from udanb.datasets import SegFolder
 from udanb.labels import CAMVID11, CAMVID_MERGE, CITYSCAPES_IDS
 from udanb.loaders import SegConcat
-from udanb.stats import RareClassSampler, class_stats, count_label, count_labels, keep_stats, label_keys, native_ids, odds, rcs_px, read_stats, stats_files
+from udanb.stats import RareClassSampler, class_stats, count_label, keep_stats, label_keys, native_ids, odds, rcs_px, read_stats, stats_files
 
 GOLDEN = Path(__file__).parent/'golden'
 IDS = np.array(sorted(CITYSCAPES_IDS, key=CITYSCAPES_IDS.get), np.uint8)   # train id -> label id
@@ -40,7 +40,9 @@ def city(root, split='train', **kw): return SegFolder(CITYSCAPES, root, split, *
 
 # ---------------------------------------------------------------- statistics
 
-def counted(folder): return [(n, {c:int((folder.label(i)==c).sum()) for c in range(len(folder.space)) if (folder.label(i)==c).any()}) for i,n in enumerate(folder.names)]
+def counted(folder):
+    px = lambda i: {c:int(n) for c in range(len(folder.space)) if (n := (folder.label(i)==c).sum())}
+    return [(n, px(i)) for i,n in enumerate(folder.names)]
 
 @pytest.mark.parametrize('kw', [{}, dict(space=CAMVID11), dict(space=CAMVID11, merge=CAMVID_MERGE)])
 def test_stats_equal_counting(data, kw):
@@ -153,7 +155,8 @@ def test_broken_labels_are_skipped_where_asked(data, workers):
         got = class_stats(f, quiet=True, workers=workers, skip_broken=True)
         assert [n for n,_ in got]==f.names and [i for i,(_,n) in enumerate(got) if n]==good
         assert list(f.skipped)==[f'images/{i:05d}.png' for i in (1,3,4,8)]
-        for i,why in zip((1,3,4,8), ('broken image file','61×40 pixels','77 (2400 px)','No such file')): assert why in f.skipped[f.names[i]] and f'{i:05d}.png' in f.skipped[f.names[i]]
+        for i,why in zip((1,3,4,8), ('broken image file','61×40 pixels','77 (2400 px)','No such file')):
+            assert why in f.skipped[f.names[i]] and f'{i:05d}.png' in f.skipped[f.names[i]]
     rest = f.without(f.skipped)
     assert class_stats(rest, quiet=True)==[got[i] for i in good]==counted(rest)
 
@@ -187,7 +190,8 @@ stats.class_stats(gta(sys.argv[1]), workers=int(sys.argv[2]), quiet=True)
 @pytest.mark.parametrize('workers,done', [(0,6),(2,5)])                    # two workers take five labels each, and hang in the second five
 def test_a_killed_count_goes_on_where_it_stopped(data, workers, done, asked):
     here = Path(__file__).resolve().parent
-    p = subprocess.Popen([sys.executable, '-c', KILLED, str(data), str(workers)], cwd=data, env=os.environ | dict(PYTHONPATH=f'{here.parent}{os.pathsep}{here}'))
+    env = os.environ | dict(PYTHONPATH=f'{here.parent}{os.pathsep}{here}')
+    p = subprocess.Popen([sys.executable, '-c', KILLED, str(data), str(workers)], cwd=data, env=env)
     file,until = data/'gta/sample_class_stats.json',time.time()+120
     try:
         while not (file.exists() and len(json.loads(file.read_text()))>=done):
@@ -365,5 +369,5 @@ def test_a_dataset_listed_twice_at_half_the_weight_counts_once():
 @pytest.mark.parametrize('w', [(1,), (1,2,3), (-1,2), (0,0), (np.nan,1), (np.inf,1), ((1,2),)])
 def test_bad_weights_are_errors(w, data):
     with pytest.raises(ValueError, match='2 numbers are needed'): odds(w, 2)
-    with pytest.raises(ValueError, match='weights of gta . cityscapes: 2 numbers'): SegConcat([gta(data), city(data)], w)
+    with pytest.raises(ValueError, match='weights of gta . cityscapes: 2 numbers'): SegConcat([gta(data), city(data, 'val')], w)
     with pytest.raises(ValueError, match='share: 2 numbers'): RareClassSampler([('a',{0:1}),('b',{0:1})], 1, share=w)

@@ -5,8 +5,9 @@ import albumentations as A, cv2, numpy as np, pytest, torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from udanb.core import IGNORE, MEAN, denormalize, normalize
+from udanb.labels import count_ids
 from udanb.transforms import (AUGMENT, EvalTfm, GaussNoise2022, LabelCrop, PhotoMetricDistortion, Strong, TrainTfm, blur, byte_table, fit, fit_size,
-                              grid_shuffle, hue, id_counts, in_hsv, jitter, kernel_size, saturation, to_sample, varied, void_mask)
+                              grid_shuffle, hue, in_hsv, jitter, kernel_size, saturation, to_sample, varied, void_mask)
 
 GOLDEN = Path(__file__).parent/'golden'
 UNITS = json.loads((GOLDEN/'units.json').read_text())
@@ -168,10 +169,10 @@ def test_void_mask_is_kept_and_cannot_be_changed():
     TrainTfm((32,64), (32,64), margins=(4,8,6,2), augment='grid')(pair(64,128)[0], None, np.random.default_rng(0))
     np.testing.assert_array_equal(m, void_mask.__wrapped__((64,128), (4,8,6,2), (32,64)))
 
-def test_id_counts_equal_bincount_on_views():
+def test_counts_equal_bincount_on_views():
     l = np.random.default_rng(0).integers(0, 256, (50,70), np.uint8)
     for v in (l, l[3:40,5:66], l[:1], l[:,7:8], l[9:10,9:10], l[::2,::3]):
-        n = id_counts(v)
+        n = count_ids(v)
         assert n.dtype==np.int64 and (n==np.bincount(v.ravel(), minlength=256)).all()
 
 # ---------------------------------------------------------------- the whole transform

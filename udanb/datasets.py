@@ -49,6 +49,7 @@ class SegSpec:
     margins:tuple = None # (top,bottom,left,right) pixels that a target must not be trusted in
     fit:tuple = None   # (H,W) box that images are fitted into, keeping their aspect; None = as they are
     where:str = ''     # how to get it
+    stats:str = 'sample_class_stats.json' # name of its file of class statistics; this one is upstream's, in Cityscapes train ids
     example:dict = field(default_factory=dict) # split -> ((image, label or None), …): paths as published, for messages and tests
 
 # %% ../nbs/10_datasets.ipynb #3ba5dd83

@@ -139,10 +139,7 @@ def _one(self:PairSteps, step, folder, tfms, rng, labels, bad):
 
 # %% ../nbs/12_loaders.ipynb #cafb1274
 def _same(x): return x
-def _calm(i):
-    "A worker uses one thread, or they fight for the cores"
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)
+def _calm(i): cv2.setNumThreads(0)   # one thread per worker, as torch sees to itself, or they fight for the cores
 
 def _loader(ds, sampler, workers, cls=DataLoader):
     "One item is one batch; torch's global random state is left alone"
@@ -166,7 +163,8 @@ def pair_loader(
     skip_broken=False, # True: another image for one that cannot be read, see `Batch.skipped`
 )->DataLoader: # of `Batch(src, tgt, skipped)`, for step = start … steps-1
     "Batches of both domains; the batch of a step is the same for any number of workers"
-    if rcs is not None and len(rcs.px)!=len(src): raise ValueError(f'rare-class sampling knows {len(rcs.px)} images, {src} has {len(src)}; give it the `class_stats` of this source')
+    if len(getattr(rcs, 'px', src))!=len(src):
+        raise ValueError(f'rare-class sampling knows {len(rcs.px)} images, {src} has {len(src)}; give it the `class_stats` of this source')
     ds = PairSteps(src, tgt, src_tfm, tgt_tfm, batch, seed, rcs, min_crop_px, skip_broken)
     return _loader(ds, range(start, sys.maxsize if steps is None else steps), workers)
 

@@ -6,7 +6,7 @@
 __all__ = ['FORMS', 'own_space', 'own_dataset', 'stripes', 'fake_tree']
 
 # %% ../nbs/11_own.ipynb #5f906a6c
-import json, re
+import hashlib, json, re
 from functools import partial
 from pathlib import Path
 import cv2, numpy as np
@@ -82,8 +82,9 @@ def own_dataset(
     labels = _label_files(name, d, space, form) if d.get('labels') else ()
     merge = {_target(space,a,'merge'): _target(space,b,'merge') for a,b in (d.get('merge') or {}).items()}
     more = {k: tuple(d[k]) for k in ('margins','native','fit','drop') if d.get(k) is not None}
+    mark = hashlib.sha1(json.dumps([d.get(k) for k in ('labels','form','classes')]+[space.classes], default=str).encode()).hexdigest()[:8]
     spec = SegSpec(name, d.get('folder', name), cuts[0][0], tuple(s for _,s in cuts), labels, dict(d.get('splits') or dict(train='')),
-                   space, merge, where=d.get('where','your own files'), **more)
+                   space, merge, where=d.get('where','your own files'), stats=f'sample_class_stats-{name}-{mark}.json', **more)
     return _with_example(spec)
 
 # %% ../nbs/11_own.ipynb #3fe60e66

@@ -57,13 +57,13 @@ def _count(i): return _try(_job['folder'], i, _job['skip'])
 def count_labels(
     folder,       # `SegFolder` with labels
     idx,          # indices to count
-    workers=None, # processes; None = up to 8, and none below 256 labels
+    workers=None, # processes; None = one per core, at most 32, and none below 256 labels
     quiet=False,  # no progress bar
     broken=None,  # a dict: broken labels go there, index -> reason; None = they raise
 ): # generator of (index, {class: pixels})
     "Count many labels, in parallel"
     idx,skip = list(idx),broken is not None
-    if workers is None: workers = min(8, os.cpu_count() or 1) if len(idx)>=256 else 0
+    if workers is None: workers = min(32, os.cpu_count() or 1) if len(idx)>=256 else 0
     def good(counts):
         for n,i in zip(progress(counts, f'counting classes of {folder.spec.name}', len(idx), quiet=quiet or not idx), idx):
             if isinstance(n, str): broken[i] = n
@@ -108,7 +108,8 @@ def read_stats(
 def stats_files(folder)->list:
     "Where statistics may be: beside the data, or in the project's cache"
     mark = hashlib.sha1(str(folder.root).encode()).hexdigest()[:8]
-    return [folder.root/'sample_class_stats.json', resolve('outputs/.cache')/f'sample_class_stats-{folder.spec.name}-{mark}.json']
+    own = folder.spec.stats
+    return [folder.root/own, resolve('outputs/.cache')/f'{own.removesuffix(".json")}-{folder.spec.name}-{mark}.json']
 
 def _known(folder, keys, path):
     "Entries of a file that are not older than their label, and those of other labels"
@@ -128,7 +129,8 @@ def keep_stats(
         try:
             have,rest = _known(folder, keys, path)
             have |= {keys[i]:n for i,n in counts.items()}
-            mine = [{str(c):n for c,n in have[k].items()} | dict(file=folder.label_path(i).relative_to(folder.root).as_posix()) for i,k in enumerate(keys) if k in have]
+            file = lambda i: folder.label_path(i).relative_to(folder.root).as_posix()
+            mine = [{str(c):n for c,n in have[k].items()} | dict(file=file(i)) for i,k in enumerate(keys) if k in have]
             return atomic_write(path, json.dumps(rest+mine))
         except OSError: pass
     warnings.warn(f'the class statistics of {folder.spec.name} could not be kept in {stats_files(folder)}; they will be counted again next time')
