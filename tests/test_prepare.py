@@ -5,7 +5,7 @@ from pathlib import Path
 import cv2, numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
-from udanb.catalog import CAMVID, CITYSCAPES, DEMO_SOURCE, GTA, MAPILLARY, SYNSCAPES, SYNTHIA, TOWN, ZEROWASTE_V2
+from udanb.catalog import CAMVID, CITYSCAPES, GTA, MAPILLARY, SYNSCAPES, SYNTHIA, TOWN, ZEROWASTE_V2
 from udanb.datasets import SegFolder
 from udanb.files import read_ids, read_image
 from udanb.labels import CITYSCAPES_IDS, SYNTHIA_IDS
@@ -152,7 +152,8 @@ def test_synthia_and_synscapes_have_their_names(tmp_path):
     save(tmp_path/'synthia/RGB/0000000.png', pic(0)); (tmp_path/'synthia/GT/LABELS').mkdir(parents=True)
     cv2.imwrite(str(tmp_path/'synthia/GT/LABELS/0000000.png'), np.dstack([x*0,x*0+7,x]).astype(np.uint16))   # 16 bits, class in the last channel
     save(tmp_path/'synscapes/img/rgb/1.png', pic(1)); save(tmp_path/'synscapes/img/class/1.png', y); save(tmp_path/'synscapes/img/class/1_gt_color.png', pic(2))
-    for spec,f,want in ((SYNTHIA,'GT/LABELS/0000000_labelTrainIds.png',naive(x, SYNTHIA_IDS)),(SYNSCAPES,'img/class/1_gt_labelTrainIds.png',naive(y, CITYSCAPES_IDS))):
+    for spec,f,want in ((SYNTHIA,'GT/LABELS/0000000_labelTrainIds.png',naive(x, SYNTHIA_IDS)),
+                        (SYNSCAPES,'img/class/1_gt_labelTrainIds.png',naive(y, CITYSCAPES_IDS))):
         for new in (1,0):
             s = survey(train(spec, tmp_path), convert=True, **KW)
             assert s.new==new and s.px==[want[1]] and unpaired([s.folder])==[]
@@ -285,7 +286,7 @@ def test_full_disk_stops_and_goes_on(tmp_path, monkeypatch):
     assert s.new==1 and problems([s]).empty
 
 def test_disk_full_while_the_journal_is_written(tmp_path, monkeypatch):
-    d = gta(tmp_path)
+    gta(tmp_path)
     class Tight:
         "A journal with room for two lines and a half"
         def __init__(self, f): self.f,self.n = f,0
@@ -430,7 +431,10 @@ def test_figure_of_a_merged_space():
     assert names[:2]==['road','building'] and b.get_xlabel()=='images that show it, of 2'
     assert [t.get_text().strip() for t in a.texts[:3]]==['91 %','9.1 %','never'] and [p.get_width() for p in b.patches[:2]]==[2,1]
 
-def papermill(*args): return subprocess.run([sys.executable, '-m', 'papermill', '--no-progress-bar', *map(str, args)], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=300)
+def papermill(*args):
+    cmd = [sys.executable, '-m', 'papermill', '--no-progress-bar', *map(str, args)]
+    return subprocess.run(cmd, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=300)
+
 PAGE = ROOT/'nbs'/'prepare_data.ipynb'
 
 def test_notebook_looks_at_the_demo(tmp_path):
@@ -443,11 +447,14 @@ def test_notebook_looks_at_the_demo(tmp_path):
 def test_notebook_converts_and_copies_and_finds_what_is_broken(tmp_path):
     d = gta(tmp_path, 3)
     (d/'images/00002.png').write_bytes(b'')
-    p = papermill(PAGE, tmp_path/'copy.ipynb', '-p', 'dataset', 'gta', '-p', 'data_root', tmp_path, '-p', 'out', tmp_path/'out', '-p', 'convert', True, '-p', 'cache', '12x20')
+    p = papermill(PAGE, tmp_path/'copy.ipynb', '-p', 'dataset', 'gta', '-p', 'data_root', tmp_path, '-p', 'out', tmp_path/'out',
+                  '-p', 'convert', True, '-p', 'cache', '12x20')
     assert p.returncode==0, p.stderr[-3000:]
     r = json.loads((tmp_path/'out/prepare.json').read_text())
-    assert r['verdict'].startswith('1 file needs attention') and r['read_now']==3 and pd.read_csv(tmp_path/'out/problems.csv').file.tolist()==['images/00002.png']
-    assert (d/'labels/00001_labelTrainIds.png').exists() and not unfinished(train(GTA, tmp_path), read_journal(train(GTA, tmp_path)), True, True, (12,20))
+    assert r['verdict'].startswith('1 file needs attention') and r['read_now']==3
+    assert pd.read_csv(tmp_path/'out/problems.csv').file.tolist()==['images/00002.png']
+    f = train(GTA, tmp_path)
+    assert (d/'labels/00001_labelTrainIds.png').exists() and not unfinished(f, read_journal(f), True, True, (12,20))
 
 def test_notebook_refuses_a_misspelt_parameter(tmp_path):
     p = papermill(PAGE, tmp_path/'copy.ipynb', '-p', 'covert', True, '-p', 'out', tmp_path/'out')

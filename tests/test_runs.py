@@ -198,7 +198,7 @@ def test_parity_recipe_steps(data, tmp_path):
 @pytest.mark.parametrize('f', sorted((ROOT/'params').glob('*.yaml')), ids=lambda f: f.stem)
 def test_every_params_file_is_a_recipe_that_steps(f, data, tmp_path):
     p = yaml.safe_load(f.read_text())
-    known = {'source','target','recipe','backbone','steps','seed','data_root','datasets','out','over'}
+    known = {'source','target','recipe','backbone','steps','seed','data_root','datasets','skip_broken','out','over'}
     assert set(p)<=known, f'{f.name}: {set(p)-known}'
     assert '# Command:' in f.read_text()
     asked = lambda over: make_recipe(p.get('recipe','daformer'), p['source'], p.get('target'), over, **{k: p.get(k) for k in ('backbone','steps','seed','datasets')})

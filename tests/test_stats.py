@@ -371,3 +371,14 @@ def test_bad_weights_are_errors(w, data):
     with pytest.raises(ValueError, match='2 numbers are needed'): odds(w, 2)
     with pytest.raises(ValueError, match='weights of gta . cityscapes: 2 numbers'): SegConcat([gta(data), city(data, 'val')], w)
     with pytest.raises(ValueError, match='share: 2 numbers'): RareClassSampler([('a',{0:1}),('b',{0:1})], 1, share=w)
+
+def test_names_in_upstreams_file_stay(data):
+    "An entry that was written under a converted file's name keeps it when it is counted again: upstream's reader looks it up by base name"
+    folder = gta(data)
+    counts = [n for _,n in class_stats(folder, cache=False, quiet=True)]
+    rows = [{str(c):n for c,n in x.items()} | dict(file=f'data/gta/labels/{Path(name).stem}_labelTrainIds.png') for name,x in zip(folder.names, counts)]
+    path = folder.root/'sample_class_stats.json'
+    path.write_text(json.dumps(rows[:2]))
+    keep_stats(folder, {0: counts[0], 2: counts[2]})
+    files = [r['file'] for r in json.loads(path.read_text())]
+    assert files[:2]==[r['file'] for r in rows[:2]] and files[2].endswith(f'{Path(folder.names[2]).stem}.png')

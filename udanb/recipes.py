@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HOW', 'METHODS', 'RECIPES', 'SETTINGS', 'Recipe', 'identity', 'make_recipe', 'pair_of', 'check', 'check_parameters',
-           'folders', 'parts', 'box', 'cached', 'batches', 'evaluator', 'build']
+           'folders', 'draw_demo', 'parts', 'box', 'batches', 'evaluator', 'build']
 
 # %% ../nbs/60_recipes.ipynb #ef48652f
 import ast, json, typing
@@ -18,6 +18,7 @@ from .demo import write_demo
 from .infer import evaluate
 from .labels import SYNTHIA13
 from .loaders import SegConcat, eval_loader, pair_loader
+from .look import cache_dir, cached
 from .methods.daformer import dacs, daformer, source_only
 from .metrics import Confusion, iou_dict
 from .segmentor import param_groups, segmentor
@@ -171,15 +172,21 @@ def folders(
     r:Recipe,
     data_root='data', # relative to the project, or absolute
 )->tuple: # source with labels, target without, {target's name: its val with labels}: `SegFolder`s, or `SegConcat` of several
-    "The views of the data; the demo is written if it is not there"
-    root = resolve(data_root)
-    demo = root/'demo' if 'demo' in names_of(r.source) else root if root==resolve('data/demo') else None
-    if demo and not ((demo/'demo.json').exists() and read_json(demo/'demo.json')['complete']): write_demo(demo)
-    pair = pair_of(r)
+    "The views of the data; the demo is drawn if it is needed and not there"
+    root,pair = resolve(data_root),pair_of(r)
+    draw_demo((*pair.sources,*pair.targets), root)
     src,tgt,vals = pair.folders(root, r.limit, r.skip_broken)
     if r.method!='oracle': return src,tgt,vals
     own = [pair.open(t, root, limit=r.limit, skip_broken=r.skip_broken) for t in pair.targets]
     return own[0] if len(own)==1 else SegConcat(own),tgt,vals
+
+def draw_demo(
+    specs, # `SegSpec`s that will be opened
+    root,  # absolute data root
+):
+    "Write the demo, if one of them lies in it and it is not complete"
+    demo = root/'demo' if any(s.folder.startswith('demo/') for s in specs) else root if root==resolve('data/demo') else None
+    if demo and not ((demo/'demo.json').exists() and read_json(demo/'demo.json')['complete']): write_demo(demo)
 
 def parts(folder)->list: return getattr(folder, 'folders', [folder])   # the `SegFolder`s in it
 
@@ -187,10 +194,10 @@ def box(r:Recipe, spec:SegSpec)->tuple|None: # (H,W) that images of a dataset ar
     return r.fit or spec.fit
 
 # %% ../nbs/60_recipes.ipynb #3bc103ef
-def cached(f, size): return f   # TEMP
 def _quick(r, folder):
     "The folder, read from the resized cache where there is one"
-    fs = [cached(f, box(r, f.spec)) if r.cache and box(r, f.spec) else f for f in parts(folder)]
+    copy = lambda f: r.cache and box(r, f.spec) and cache_dir(f, box(r, f.spec)).is_dir()
+    fs = [cached(f, box(r, f.spec)) if copy(f) else f for f in parts(folder)]
     return SegConcat(fs, folder.weights) if isinstance(folder, SegConcat) else fs[0]
 
 def batches(
@@ -201,9 +208,10 @@ def batches(
     "The loader of a run"
     stats = class_stats(src, skip_broken=r.skip_broken) if r.rcs else None
     rcs = RareClassSampler(stats, len(src.space), r.rcs_T, r.rcs_px, src.space.classes, share=getattr(src,'share',None)) if r.rcs else None
+    src,tgt = _quick(r, src),_quick(r, tgt)
     src_tfm = [TrainTfm(box(r,f.spec), r.crop, r.cat_max, augment=r.augment) for f in parts(src)]
     tgt_tfm = [TrainTfm(box(r,f.spec), r.crop, margins=f.margins if r.margins=='mask' else None) for f in parts(tgt)]
-    src,tgt = _quick(r, src),None if r.method in ('source_only','oracle') else _quick(r, tgt)
+    tgt = None if r.method in ('source_only','oracle') else tgt
     workers = (0 if str(device)=='cpu' else 4) if r.workers is None else r.workers
     return lambda start: pair_loader(src, tgt, src_tfm, tgt_tfm, r.batch, r.seed, start, r.steps, workers, rcs, r.rcs_px*r.rcs_ratio, r.skip_broken)
 

@@ -97,12 +97,15 @@ def read_stats(
     "Statistics of the labels asked for; a broken file raises `ValueError`"
     try: rows = [({int(c):int(n) for c,n in r.items() if c!='file'}, _stem(r['file'], suffixes), r) for r in read_json(path)]
     except (ValueError, AttributeError, TypeError, KeyError) as e: raise ValueError(f'{path}: not class statistics ({e}); delete it to count again') from e
-    lens,want,have,rest = {len(k) for k in keys},set(keys),{},[]
+    find,have,rest = _finder(keys),{},[]
     for n,parts,r in rows:
-        k = next((parts[-l:] for l in lens if parts[-l:] in want), None)
-        if k is None: rest.append(r)
+        if (k := find(parts)) is None: rest.append(r)
         else: have[k] = n
     return have,rest
+
+def _finder(keys): # path parts -> the key they end in, or None
+    lens,want = {len(k) for k in keys},set(keys)
+    return lambda parts: next((parts[-l:] for l in lens if parts[-l:] in want), None)
 
 # %% ../nbs/11_stats.ipynb #851c639a
 def stats_files(folder)->list:
@@ -129,8 +132,10 @@ def keep_stats(
         try:
             have,rest = _known(folder, keys, path)
             have |= {keys[i]:n for i,n in counts.items()}
-            file = lambda i: folder.label_path(i).relative_to(folder.root).as_posix()
-            mine = [{str(c):n for c,n in have[k].items()} | dict(file=file(i)) for i,k in enumerate(keys) if k in have]
+            find,ends = _finder(keys),[k.suffix for k in folder.spec.labels]
+            named = {find(_stem(r['file'], ends)): r['file'] for r in (read_json(path) if path.exists() else ())}   # names stay as they were written
+            file = lambda i,k: named.get(k) or folder.label_path(i).relative_to(folder.root).as_posix()
+            mine = [{str(c):n for c,n in have[k].items()} | dict(file=file(i,k)) for i,k in enumerate(keys) if k in have]
             return atomic_write(path, json.dumps(rest+mine))
         except OSError: pass
     warnings.warn(f'the class statistics of {folder.spec.name} could not be kept in {stats_files(folder)}; they will be counted again next time')
