@@ -7,7 +7,7 @@ __all__ = ['GREY', 'RGB', 'PALETTE', 'CITYSCAPES_NAMES', 'read_image', 'read_ids
            'read_polygons', 'find_files']
 
 # %% ../nbs/04_files.ipynb #82467962
-import io, json, os, struct
+import io, json, os, struct, zlib
 from functools import lru_cache
 from pathlib import Path
 import cv2, numpy as np
@@ -26,10 +26,13 @@ def _bytes(path):
     if data.startswith(b'\xff\xd8') and data.rfind(b'\xff\xd9')<=data.rfind(b'\xff\xda'): raise _broken(path, 'the JPEG stops before its end')
     return data
 
+_END = b'IEND\xaeB`\x82'   # the last chunk of every PNG
+
 def _png8(data, kinds, mode):
     "A plain 8-bit PNG of one of these colour types, quickly; None for any other, and for what the quick decoder refuses"
-    if not data.startswith(b'\x89PNG\r\n') or len(data)<33 or data[24]!=8 or data[25] not in kinds or data[28]: return None
-    w,h = struct.unpack('>II', data[16:24])
+    if not data.startswith(b'\x89PNG\r\n') or len(data)<33 or data.rfind(_END)<0: return None
+    w,h,bits,kind,interlaced,crc = struct.unpack('>IIBBxxBI', data[16:33])
+    if bits!=8 or kind not in kinds or interlaced or zlib.crc32(data[12:29])!=crc: return None   # a damaged size would ask for gigabytes
     try: return decode_image_png_u8(data, (h,w), mode)
     except Exception: return None      # the slow way says what is wrong with it, or can read it
 
