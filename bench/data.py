@@ -19,9 +19,11 @@ from udanb.demo import scene
 from udanb.files import read_ids, read_image
 from udanb.labels import CITYSCAPES19, CITYSCAPES_IDS, CITYSCAPES_VOID, id_table, remap
 from udanb.loaders import pair_loader
+from udanb.look import cached
 from udanb.metrics import Confusion
+from udanb.prepare import survey
 from udanb.stats import RareClassSampler, class_stats
-from udanb.transforms import TrainTfm, fit
+from udanb.transforms import TrainTfm
 
 TO_ID = np.full(256, 0, np.uint8)          # train id -> Cityscapes id
 for _i,_t in CITYSCAPES_IDS.items(): TO_ID[_t] = _i
@@ -56,17 +58,6 @@ def write_files(root, n_src, n_tgt, shrink):
         put(root/f'converted/{i+1:05d}.png', lbl)
     for i in range(n_tgt):
         put(root/f'cityscapes/leftImg8bit/train/a/{i:06d}_leftImg8bit.png', photo(i, 'target', (1024//shrink,2048//shrink), 0)[0])
-
-def write_resized(root, small, src_fit, tgt_fit):
-    "The same files at the size they are trained at; the filter `Up` decodes fastest, run lengths pack noisy photographs as well as zlib's search does"
-    opts = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE]
-    for p in sorted(root.rglob('*.png')):
-        sub = p.relative_to(root)
-        if sub.parts[0]=='converted': continue
-        out,lbl = small/sub,sub.parts[1]=='labels'
-        out.parent.mkdir(parents=True, exist_ok=True)
-        x = fit(read_ids(p), src_fit, nearest=True) if lbl else fit(read_image(p), src_fit if sub.parts[0]=='gta' else tgt_fit)[...,::-1]
-        assert cv2.imwrite(str(out), x, [cv2.IMWRITE_PNG_COMPRESSION, 3, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE] if lbl else opts)
 
 # ---- the published ways, from their description -----------------------------------------------------------------------------
 
@@ -138,12 +129,13 @@ class Bench:
         self.src_box,self.tgt_box = (720//shrink,1280//shrink),(512//shrink,1024//shrink)
         self.crop,self.px = 512//shrink,3000//shrink**2
         write_files(root/'native', n, n, shrink)
-        write_resized(root/'native', root/'small', self.src_box, self.tgt_box)
-        self.src,self.tgt = self.folders('native')
+        self.src,self.tgt = (SegFolder(s, root=root/'native', labels=s is GTA) for s in (GTA,CITYSCAPES))
+        self.boxes = self.src_box,self.tgt_box
+        for f,size in zip((self.src,self.tgt), self.boxes): survey(f, size=size, workers=0, quiet=True)      # what prepare_data does
         self.lbls = [read_ids(self.src.label_path(i)) for i in range(len(self.src))]
         self.stats = class_stats(self.src, cache=False, workers=0, quiet=True)
 
-    def folders(self, sub): return SegFolder(GTA, root=self.root/sub),SegFolder(CITYSCAPES, root=self.root/sub, labels=False)
+    def folders(self, copy): return [cached(f, size) if copy else f for f,size in zip((self.src,self.tgt), self.boxes)]
     def converted(self, i): return self.root/'native'/'converted'/self.src.path(i).name
 
     def row(self, what, ask, old, new, work, why):
@@ -209,17 +201,16 @@ class Bench:
                     if (lbl==c).sum()>self.px//2: break
                 loads.append(k+1)
                 pipeline(self.tgt.path(int(rng.integers(len(self.tgt)))), None, self.tgt_box, self.crop, rng)
-        def new(sub, rare=True):
-            src,tgt = self.folders(sub)
-            boxes = (self.src_box,self.tgt_box) if sub=='native' else (None,None)
-            tfms = TrainTfm(boxes[0], (self.crop,)*2, cat_max=.75),TrainTfm(boxes[1], (self.crop,)*2, margins=tgt.margins)
+        def new(copy, rare=True):
+            src,tgt = self.folders(copy)
+            tfms = TrainTfm(self.src_box, (self.crop,)*2, cat_max=.75),TrainTfm(self.tgt_box, (self.crop,)*2, margins=tgt.margins)
             def go():
                 n = 0      # batches
                 for b in pair_loader(src, tgt, *tfms, batch=1, seed=1, steps=len(todo), rcs=Draws(rcs, todo), min_crop_px=self.px//2 if rare else 0): n += 1
                 assert n==len(todo) and b.src.img.shape==b.tgt.img.shape==(1,3,self.crop,self.crop)
                 return b
             return go
-        a,b = new('native')(),new('small')()
+        a,b = new(False)(),new(True)()
         assert a.src.img.equal(b.src.img) and a.src.lbl.equal(b.src.lbl) and a.tgt.img.equal(b.tgt.img)     # resized files change nothing
         plain,rare,small = (f'pair {s}' for s in ('from native files, no class asked for',
                              'with rare-class sampling, native files', 'with rare-class sampling, resized files'))
@@ -229,10 +220,10 @@ class Bench:
                                f'(published: {sum(loads)/len(loads):.1f} loads per source image here), {reads()}')
         def resized(): return (f'besides, {saved(rare,1,small,1)} ms because files hold the size that is trained at: fewer pixels, '
                                'a PNG filter that decodes fast, no resizing')
-        self.row(plain, None, lambda: old(False), new('native', False), len(todo), lambda: f'of {saved(plain,0,plain,1)} ms, {reads()}')
+        self.row(plain, None, lambda: old(False), new(False, False), len(todo), lambda: f'of {saved(plain,0,plain,1)} ms, {reads()}')
         loads.clear()
-        self.row(rare, 2, old, new('native'), len(todo), redraws)
-        self.row(small, 4, old, new('small'), len(todo), resized)
+        self.row(rare, 2, old, new(False), len(todo), redraws)
+        self.row(small, 4, old, new(True), len(todo), resized)
 
     def about(self, name, folder):
         "How many images, how large"
@@ -252,7 +243,7 @@ NOTE = """# Data: udanb against the published way, per core
 
 `python bench/data.py`: one process, one thread, CPU time; the two ways take turns {n} times on the same work. ms and ratio are medians
 over the turns, range is that of the ratio. Checked in the run: both ways give the same labels, statistics and areas; native and resized
-files give the same batches.
+copies (of `prepare_data`) give the same batches.
 Files: {files}, drawn by `udanb.demo.scene`.
 `published way`: re-created from the description of DAFormer's code (mmsegmentation 0.16); target labels, which it loads and never uses,
 are left out on both sides.
