@@ -25,7 +25,7 @@ demo: venv ## adapt a small segmenter from one drawn street world to another: ou
 	@echo "Open it with:      $(BIN)/jupyter lab outputs/$(RUN).ipynb"
 
 test: venv ## run every page and run notebook (nbdev_test, smoke size), then pytest
-	@OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --timing; pages=$$?; \
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 nbdev_test --n_workers 2 --timing; pages=$$?; \
 	OMP_NUM_THREADS=1 python -m pytest -n 2; unit=$$?; \
 	[ $$pages = 0 ] || echo "nbdev_test failed, see above"; \
 	[ $$pages = 0 ] && [ $$unit = 0 ]

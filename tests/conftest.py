@@ -1,6 +1,7 @@
 "What every test shares: the environment of a smoke run, and where data and golden numbers lie"
 import os
 os.environ |= dict(NO_ALBUMENTATIONS_UPDATE='1', MPLBACKEND='Agg')
+os.environ.setdefault('HF_HUB_OFFLINE', '1')   # tests bring their weights along; without it a machine off the net tries the hub for 20 s
 os.environ.setdefault('OMP_NUM_THREADS', '1')   # before torch is imported: pytest runs two workers on two cores
 
 from pathlib import Path

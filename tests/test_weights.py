@@ -1,6 +1,6 @@
 "Weights files: exactly one network, whole or absent, and no code from strangers"
 import copy, io, json, os, pickle
-import pytest, torch
+import numpy as np, pytest, torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -47,6 +47,21 @@ def test_strip_errors(ckpt, nets):
     with pytest.raises(ValueError, match="unknown network 'techer'; did you mean 'teacher'"): strip(ckpt, 'techer')
     with pytest.raises(ValueError, match='no teacher; it holds it, model'): strip({**ckpt, 'method':{}}, 'teacher')
     with pytest.raises(ValueError, match='no student; it holds 0.weight'): strip(nets[0].state_dict())
+
+def test_strip_knows_ddbs_names(nets, tmp_path):
+    "Distillation's student and its two teachers; mmcv leaves a numpy number in `meta`"
+    state = {f'{p}.{k}':v for p,n in zip(('stu_model','cu_model','ca_model'),nets) for k,v in n.state_dict().items()}
+    for which,n in zip(('student','cu','ca'),nets): assert same(strip(dict(state_dict=state), which), n.state_dict())
+    torch.save(dict(meta=dict(hook_msgs=dict(best_score=np.float64(.5))), state_dict=state), tmp_path/'ddb.pth')
+    assert same(load_weights(tmp_path/'ddb.pth', 'ca')[0], nets[2].state_dict())
+    with pytest.raises(ValueError, match='no teacher'): load_weights(tmp_path/'ddb.pth', 'teacher')
+
+def test_a_file_shorter_than_its_directory_is_named(nets, tmp_path):
+    f = tmp_path/'cut.pth'
+    torch.save(dict(w=torch.zeros(100_000)), f)
+    for n in (5000, 100, 0):
+        f.write_bytes(f.read_bytes()[:n])
+        with pytest.raises(ValueError, match='cut.pth: not a whole torch file|cut.pth: holds more'): load_weights(f)
 
 # ---- files
 def test_there_and_back(tmp_path, nets):
