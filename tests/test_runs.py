@@ -7,6 +7,7 @@ from PIL import Image
 from udanb.catalog import CAMVID, TOWN
 from udanb.core import read_json
 from udanb.demo import write_demo
+from udanb.heads import HEADS
 from udanb.own import fake_tree
 from udanb.recipes import RECIPES, batches, build, folders, make_recipe, pair_of
 from udanb.runs import load_run, read_run, run, run_name, scores
@@ -174,6 +175,16 @@ def test_every_recipe_steps_twice(name, data, tmp_path):
     assert m['steps']==2 and ('teacher' in m['miou'])==(name in ('dacs','daformer')) and len(m['iou']['student'])==19
     x = torch.zeros(1,3,64,64)
     assert load_run(out)(x).logits.shape==(1,19,16,16)
+
+@pytest.mark.parametrize('head', HEADS)
+def test_every_head_trains_and_comes_back(head, data, tmp_path):
+    "Through recipe, checkpoint and weights file; UPerNet with its auxiliary loss in both passes, DeepLabV2 at stride 32 of MiT"
+    out = run(make_recipe('dacs', 'demo', over=TINY | dict(head=head, layer_decay=.8, drop_path=.2)), data, tmp_path/'r', quiet=True)
+    log,m = read_run(out)
+    assert m['steps']==2 and ({'source/fcn','mixed/fcn'}<=set(log[0]))==(head=='upernet')
+    x = torch.randn(1,3,64,64)
+    a,b = load_run(out)(x).logits,load_run(out)(x).logits
+    assert a.shape[1]==19 and a.equal(b) and a.std()>0
 
 def test_mixed_precision_steps(data, tmp_path):
     "bf16 through Accelerate, in a process of its own (Accelerate fixes the precision once per process)"

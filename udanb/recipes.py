@@ -4,21 +4,25 @@
 
 # %% auto #0
 __all__ = ['HOW', 'METHODS', 'RECIPES', 'SETTINGS', 'Recipe', 'identity', 'make_recipe', 'pair_of', 'check', 'check_parameters',
-           'folders', 'draw_demo', 'parts', 'box', 'batches', 'evaluator', 'build']
+           'folders', 'draw_demo', 'parts', 'box', 'batches', 'evaluator', 'network', 'build']
 
 # %% ../nbs/60_recipes.ipynb #ef48652f
 import ast, json, typing
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from accelerate import Accelerator
+from torch import nn
+from .backbones import BACKBONES
 from .core import pick, read_json, resolve, seed_all
 from .catalog import Pair, find_pair, names_of
 from .datasets import SegFolder, SegSpec
 from .demo import write_demo
+from .heads import HEADS, On
 from .infer import evaluate
 from .labels import SYNTHIA13
 from .loaders import SegConcat, eval_loader, pair_loader
 from .look import cache_dir, cached
+from .losses import CE
 from .methods.daformer import dacs, daformer, source_only
 from .metrics import Confusion, iou_dict
 from .segmentor import param_groups, segmentor
@@ -37,9 +41,11 @@ class Recipe:
     source_weights:tuple[float,...]|None = None     # how often each source is drawn; None = by its number of images
     seed:int = 0
     backbone:str = 'mit_b5'      # see the backbones page
-    weights:str|None = 'imagenet'# of the encoder: 'imagenet', a path, or None = random
-    head:str = 'daformer'
-    dim:int = 256                # channels of the head
+    weights:str|None = 'imagenet'# of the encoder: 'imagenet', another tag, a path, or None = random
+    drop_path:float|None = None  # stochastic depth of the last block; None = the encoder's usual
+    head:str = 'daformer'        # see the heads page
+    dim:int|None = None          # the head's embedding; None = its usual, 256 for DAFormer's
+    ch:int|None = None           # channels of its fusion; None = `dim`
     steps:int = 40_000
     batch:int = 2                # images of each domain per step
     fit:tuple[int,...]|None = None   # (H,W) all images are fitted into; None = each dataset's usual size
@@ -48,6 +54,7 @@ class Recipe:
     augment:str|tuple[str,...] = 'none'  # of labelled images: 'photometric', 'noise', 'grid', see the transforms
     lr:float = 6e-5              # of the encoder
     head_mult:float = 10.        # the head learns faster
+    layer_decay:float|None = None# factor of the rate from each layer of the encoder to the one below; None = all alike
     wd:float = .01
     warmup:int = 1500            # steps
     power:float = 1.             # of the decay
@@ -148,9 +155,10 @@ def pair_of(r:Recipe)->Pair: return find_pair(r.source, r.target, r.datasets, r.
 
 def check(r:Recipe)->Recipe:
     "Refuse values that cannot work, before anything is loaded"
+    pick(r.backbone, BACKBONES, 'backbone'); pick(r.head, HEADS, 'head')
     pick(r.method, METHODS, 'method'); pick(r.margins, ('mask','rows','none'), 'margins'); pick(r.precision, ('no','bf16','fp16'), 'precision')
-    for k in ('steps','batch','dim'):
-        if getattr(r,k)<1: raise ValueError(f'{k}={getattr(r,k)}: this should be at least 1')
+    for k in ('steps','batch','dim','ch'):
+        if getattr(r,k) is not None and getattr(r,k)<1: raise ValueError(f'{k}={getattr(r,k)}: this should be at least 1')
     for a in names_of(r.augment): pick(a, AUGMENT, 'augmentation')
     pair_of(r)
     if not 0<=r.alpha<1 or not 0<=r.tau<=1: raise ValueError(f'alpha={r.alpha}, tau={r.tau}: both are shares between 0 and 1')
@@ -244,6 +252,14 @@ def _mean(xs)->float|None: # of the values that are there
     return sum(xs)/len(xs) if xs else None
 
 # %% ../nbs/60_recipes.ipynb #7785699a
+def network(
+    r:Recipe,
+    n_classes:int,
+    weights=None, # of the encoder
+)->nn.Module: # on the CPU, in training mode
+    "The network of a recipe"
+    return segmentor(r.backbone, n_classes, r.head, weights, r.dim, r.ch, r.drop_path, r.freeze_bn and r.weights is not None)
+
 def build(
     r:Recipe,
     data_root='data',  # where datasets are
@@ -255,10 +271,12 @@ def build(
     src,tgt,vals = folders(r, data_root)
     acc = Accelerator(mixed_precision=r.precision)
     seed_all(r.seed)
-    net = segmentor(r.backbone, len(src.space), r.head, r.weights, r.dim, freeze_bn=r.freeze_bn and r.weights is not None)
+    net = network(r, len(src.space), r.weights)
     method = METHODS[r.method](net, r, src.space, Strong(p_jitter=r.jitter, p_blur=r.blur))
+    if getattr(net.head, 'aux', None) is not None:
+        for p in method.passes: p.crits.append(On('fcn', CE(parity=r.parity)))
     loader,lost = batches(r, src, tgt, acc.device),{n:w for f in (src,tgt,*vals.values()) for n,w in f.skipped.items()}
-    t = Trainer(net, method, param_groups(net, r.lr, r.head_mult, r.wd), loader, r.steps, resolve(out), r.seed,
+    t = Trainer(net, method, param_groups(net, r.lr, r.head_mult, r.wd, r.layer_decay), loader, r.steps, resolve(out), r.seed,
                 partial(_schedule, warmup=r.warmup, power=r.power), identity(r), evaluator(r, vals, lost), r.eval_every, r.save_every, acc, callbacks, quiet)
     t.lost = lost      # told at the end of the run
     return t

@@ -13,8 +13,7 @@ from pathlib import Path
 import cv2, torch, torchvision, timm, segmentation_models_pytorch as smp, albumentations
 from .core import collate, project_root, read_json, resolve, write_json
 from .catalog import names_of
-from .recipes import Recipe, box, build, identity, make_recipe, pair_of, parts
-from .segmentor import segmentor
+from .recipes import Recipe, box, build, identity, make_recipe, network, pair_of, parts
 from .train import Trainer, read_log, same_recipe
 from .transforms import fit, to_sample
 from .weights import load_into, save_weights
@@ -105,7 +104,7 @@ def load_run(
 )->torch.nn.Module: # the trained student, in evaluation mode
     "The network of a run"
     r = Recipe(**{k: tuple(v) if isinstance(v,list) else v for k,v in read_json(Path(out)/'recipe.json').items()})
-    net = segmentor(r.backbone, len(pair_of(r).space), r.head, None, r.dim)
+    net = network(r, len(pair_of(r).space))
     load_into(net, Path(out)/'model.safetensors')
     return net.eval()
 
