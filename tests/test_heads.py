@@ -73,6 +73,19 @@ def test_equals_a_literal_reading(name, train, double, monkeypatch):
         assert (x-y).norm()<=1e-9*y.norm()+1e-12
     for (k,x),y in zip(head.state_dict().items(), twin.state_dict().values()): torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12, msg=k)
 
+def test_float32_gradients_with_a_smooth_activation(monkeypatch):
+    "ReLU's kink turns rounding into whole gradients, in the literal reading as well; with softplus in its place float32 agrees"
+    monkeypatch.setattr(F, 'relu_', F.softplus)
+    seed_all(0)
+    head = DAFormerHead((4,6,10,16), 5, dim=16, dropout=0.)
+    for m in head.modules():
+        if isinstance(m, heads.ConvBN): m.relu = nn.Softplus()
+    twin,fs = copy.deepcopy(head),c.maps((4,6,10,16), [(37,44),(19,22),(10,11),(5,6)])
+    a,b = head(fs)[0],literal(twin, fs)
+    g = torch.randn(a.shape, generator=torch.Generator().manual_seed(1))
+    for (k,p),x,y in zip([*head.named_parameters(), *zip('0123', fs)], torch.autograd.grad(a, [*head.parameters(), *fs], g),
+                         torch.autograd.grad(b, [*twin.parameters(), *fs], g)): assert (x-y).norm()<1e-4*y.norm(), k
+
 def test_the_quick_way_is_taken_on_a_cpu_in_float32_only(monkeypatch):
     calls = []
     monkeypatch.setattr(heads, 'dilated', lambda *a: calls.append(a) or dilated(*a))
