@@ -7,6 +7,7 @@ __all__ = ['random_boxes', 'cut', 'paste', 'detail_windows', 'HRDA', 'shrink', '
 
 # %% ../nbs/23_hrda.ipynb #26f848b5
 import torch
+from copy import copy
 from dataclasses import replace
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -165,3 +166,14 @@ class OnContext(nn.Module):
         self.crit,self.w,self.name = crit,crit.w,crit.name
 
     def forward(self, out, x, step=None)->Tensor: return self.crit(out, replace(x, img=shrink(x.img)), step)
+
+# %% ../nbs/23_hrda.ipynb #3c825b08
+@patch
+def ask(self:HRDA, crit:nn.Module)->list: # of criteria
+    "A loss of the logits, on the fused ones with weight 1-λ_d and on the detail's with λ_d"
+    fused,detail = copy(crit),OnDetail(crit)
+    fused.w = crit.w*(1-detail.w)
+    return [fused,detail]
+
+@patch
+def ask_feats(self:HRDA, crit:nn.Module)->nn.Module: return OnContext(crit)

@@ -10,7 +10,7 @@ import re
 from torch import Tensor, nn
 from .core import Out, pick
 from .backbones import Backbone, backbone as make_backbone, layer_ids
-from .heads import HEADS
+from .heads import HEADS, On
 
 # %% ../nbs/22_segmentor.ipynb #a57f3f27
 class Segmentor(nn.Module):
@@ -43,6 +43,14 @@ class Segmentor(nn.Module):
         feats = self.encode(img)
         logits,fused,*aux = self.head(feats)
         return Out(logits, feats, fused, *aux)
+
+    def ask(self,
+        crit:nn.Module, # `(Out, Sample, Step)` -> scalar, of the logits
+    )->list: # of criteria
+        "How a loss of the logits is put to this network: a head with an auxiliary classifier answers through that one, too"
+        return [crit] if getattr(self.head, 'aux', None) is None else [crit, On('fcn', crit)]
+
+    def ask_feats(self, crit:nn.Module)->nn.Module: return crit # the same for a loss of the encoder's maps
 
 # %% ../nbs/22_segmentor.ipynb #6e921c84
 def segmentor(

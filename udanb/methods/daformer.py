@@ -18,7 +18,7 @@ def source_only(
     parity=False,      # cross-entropy over all pixels, as published
 )->Method:
     "Supervised training on the source (also the oracle, on the target)"
-    return Method(Pass('source', source, CE(parity=parity)))
+    return Method(Pass('source', source, *net.ask(CE(parity=parity))))
 
 # %% ../../nbs/50_daformer.ipynb #465b0e25
 def self_training(
@@ -33,7 +33,7 @@ def self_training(
 )->Method:
     "The two passes shared by DACS, DAFormer and their descendants"
     mask = (lambda lbl: class_mask(lbl, parity=True)) if parity else class_mask
-    return Method(Pass('source', source, *source_crits), Pass('mixed', Mixed(mask, strong), CE(parity=parity)),
+    return Method(Pass('source', source, *source_crits), Pass('mixed', Mixed(mask, strong), *net.ask(CE(parity=parity))),
                   teacher=EMATeacher(net, alpha, tau, rows, bn))
 
 def dacs(
@@ -41,7 +41,7 @@ def dacs(
     alpha=.99, parity=False, **kw, # see `self_training`
 )->Method:
     "Classmix self-training with a mean teacher (DACS alg. 1)"
-    return self_training(net, CE(parity=parity), alpha=alpha, parity=parity, **kw)
+    return self_training(net, *net.ask(CE(parity=parity)), alpha=alpha, parity=parity, **kw)
 
 # %% ../../nbs/50_daformer.ipynb #44e8e2ed
 def daformer(
@@ -51,6 +51,6 @@ def daformer(
     parity=False, **kw,# see `self_training`
 )->Method:
     "DACS with thing-class feature distance (DAFormer eq. 10); rare-class sampling belongs to the loader"
-    crits = [CE(parity=parity)]
-    if fd: crits.append(FeatureDistance(deepcopy(net.backbone), things, net.n_classes, fd))
+    crits = net.ask(CE(parity=parity))
+    if fd: crits.append(net.ask_feats(FeatureDistance(deepcopy(net.backbone), things, net.n_classes, fd)))
     return self_training(net, *crits, parity=parity, **kw)
