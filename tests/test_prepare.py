@@ -243,9 +243,15 @@ def test_second_run_does_nothing(tmp_path, monkeypatch):
     assert [px for _,px in class_stats(SegFolder(GTA, tmp_path), quiet=True)]==first.px
 
 SCRIPT = '''
-import sys
+import sys, time
+from udanb import prepare
 from udanb.catalog import GTA
 from udanb.prepare import open_splits, survey
+real = prepare.treat
+def slow(*a, **kw):          # so that the signal comes in the middle on any machine
+    time.sleep(.02)
+    return real(*a, **kw)
+prepare.treat = slow
 survey(open_splits(GTA, sys.argv[1])[0]['train'], convert=True, size=(32,48), workers=2)
 '''
 def lines(d): return (d/'survey.jsonl').read_bytes().count(b'\n') if (d/'survey.jsonl').exists() else 0

@@ -9,7 +9,8 @@ from udanb.core import read_json
 from udanb.demo import write_demo
 from udanb.heads import HEADS
 from udanb.own import fake_tree
-from udanb.recipes import RECIPES, batches, build, folders, make_recipe, pair_of
+from udanb.build import batches, build, folders
+from udanb.recipes import RECIPES, make_recipe, pair_of
 from udanb.runs import load_run, read_run, run, run_name, scores
 from udanb.weights import load_weights
 
@@ -190,7 +191,8 @@ def test_mixed_precision_steps(data, tmp_path):
     "bf16 through Accelerate, in a process of its own (Accelerate fixes the precision once per process)"
     script = f'''
 import torch
-from udanb.recipes import build, make_recipe
+from udanb.build import build
+from udanb.recipes import make_recipe
 t = build(make_recipe("daformer", "demo", over={TINY | dict(precision="bf16")!r}), {str(data)!r}, {str(tmp_path)!r}, quiet=True)
 dtypes = set()
 t.student.head.conv_seg.register_forward_hook(lambda m,i,o: dtypes.add(o.dtype))

@@ -1,11 +1,11 @@
 "Weights files: exactly one network, whole or absent, and no code from strangers"
-import copy, io, json, os, pickle
+import copy, json, os
 import numpy as np, pytest, torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from udanb.core import seed_all
-from udanb.weights import key_diff, load_into, load_weights, plain, save_weights, strip, weights_hash
+from udanb.weights import load_into, load_weights, plain, save_weights, strip, weights_hash
 
 def make(seed=0):
     seed_all(seed)
@@ -56,13 +56,6 @@ def test_strip_knows_ddbs_names(nets, tmp_path):
     assert same(load_weights(tmp_path/'ddb.pth', 'ca')[0], nets[2].state_dict())
     with pytest.raises(ValueError, match='no teacher'): load_weights(tmp_path/'ddb.pth', 'teacher')
 
-def test_a_file_shorter_than_its_directory_is_named(nets, tmp_path):
-    f = tmp_path/'cut.pth'
-    torch.save(dict(w=torch.zeros(100_000)), f)
-    for n in (5000, 100, 0):
-        f.write_bytes(f.read_bytes()[:n])
-        with pytest.raises(ValueError, match='cut.pth: not a whole torch file|cut.pth: holds more'): load_weights(f)
-
 # ---- files
 def test_there_and_back(tmp_path, nets):
     f = save_weights(tmp_path/'runs'/'model.safetensors', nets[0], dict(space='camvid11', recipe=dict(tau=.968), miou=48.25))
@@ -106,16 +99,10 @@ def test_loaded_tensors_outlive_their_file(tmp_path, nets):
     f.write_bytes(b'')
     assert weights_hash(state)==weights_hash(nets[0])
 
-@pytest.mark.parametrize('cut', [0, 4, 20, -1, -500])
-def test_a_truncated_file_is_named(tmp_path, nets, cut):
+def test_a_truncated_file_is_named(tmp_path, nets):
     f = save_weights(tmp_path/'model.safetensors', nets[0])
-    f.write_bytes(f.read_bytes()[:cut])
+    f.write_bytes(f.read_bytes()[:-1])
     with pytest.raises(ValueError, match='model.safetensors: not a whole safetensors file'): load_weights(f)
-
-def test_a_web_page_instead_of_weights(tmp_path):
-    for n in ('m.safetensors','m.pth'):
-        (tmp_path/n).write_text('<!DOCTYPE html><html>404</html>'*50)
-        with pytest.raises(ValueError, match=n): load_weights(tmp_path/n)
 
 def test_a_flipped_bit_is_found(tmp_path, nets):
     f = save_weights(tmp_path/'m.safetensors', nets[0])
@@ -137,39 +124,46 @@ def test_torch_files(tmp_path, nets, ckpt, published, suffix):
         torch.save(c, f)
         assert same(load_weights(f)[0], nets[0].state_dict()) and same(load_weights(f, 'teacher')[0], nets[1].state_dict())
 
+def test_other_wrappings_and_mmcvs_meta(tmp_path, nets):
+    "How files are opened and unwrapped is tested in test_state.py; what comes out of there comes out of here"
+    s = nets[0].state_dict()
+    for obj,meta in ((dict(model=s, epoch=800), {}), (dict(state_dict=s, meta=dict(CLASSES=('a','b'), hash='theirs')), dict(CLASSES=('a','b'), hash='theirs'))):
+        torch.save(obj, tmp_path/'m.pth')
+        state,m = load_weights(tmp_path/'m.pth')
+        assert same(state, s) and m==meta
+    with pytest.raises(ValueError, match='m.pth: there is no teacher in it; it holds one network'): load_weights(tmp_path/'m.pth', 'teacher')
+
 class Trap:
     def __init__(self, path): self.path = path
     def __reduce__(self): return os.mkdir, (self.path,)
 
-@pytest.mark.parametrize('legacy', [False, True])
-def test_code_is_refused_and_not_run(tmp_path, legacy):
+def test_code_is_refused_and_not_run(tmp_path):
     f,sprung = tmp_path/'stranger.pth',tmp_path/'sprung'
-    torch.save(dict(w=Trap(str(sprung))), f, _use_new_zipfile_serialization=not legacy)
+    torch.save(dict(model=make().state_dict(), method=Trap(str(sprung))), f)
     with pytest.raises(ValueError, match='stranger.pth: holds more than tensors.*save only the tensors'): load_weights(f)
     assert not sprung.exists()
-    pickle.dump(Trap(str(sprung)), open(f,'wb'))
-    with pytest.raises(ValueError, match='stranger.pth'): load_weights(f)
-    assert not sprung.exists()
-
-def test_a_whole_module_is_refused(tmp_path, nets):
-    torch.save(nets[0], tmp_path/'m.pt')
-    with pytest.raises(ValueError, match='m.pt: holds more than tensors'): load_weights(tmp_path/'m.pt')
-
-def test_truncated_torch_files(tmp_path, nets):
-    buf = io.BytesIO(); torch.save(nets[0].state_dict(), buf)
-    for cut in (0, 10, 300, -100):
-        (tmp_path/'m.pth').write_bytes(buf.getvalue()[:cut])
-        with pytest.raises(ValueError, match='m.pth'): load_weights(tmp_path/'m.pth')
 
 def test_other_content_and_names(tmp_path, nets):
-    torch.save([torch.ones(3)], tmp_path/'m.pth')
-    with pytest.raises(ValueError, match='m.pth: not a dictionary of tensors but list'): load_weights(tmp_path/'m.pth')
-    torch.save(dict(lr=.1), tmp_path/'m.pth')
-    with pytest.raises(ValueError, match='m.pth: not a dictionary of tensors'): load_weights(tmp_path/'m.pth')
+    for bad,kind in (([torch.ones(3)], 'list'), (dict(lr=.1), 'float'), (3, 'int')):
+        torch.save(bad, tmp_path/'m.pth')
+        with pytest.raises(ValueError, match=f'm.pth: not a dictionary of tensors but {kind}'): load_weights(tmp_path/'m.pth')
     with pytest.raises(FileNotFoundError, match='gone.pth: no such weights file'): load_weights(tmp_path/'gone.pth')
     (tmp_path/'m.zip').write_bytes(b'x')
     with pytest.raises(ValueError, match='m.zip: weights are read from'): load_weights(tmp_path/'m.zip')
     with pytest.raises(ValueError, match='written as .safetensors'): save_weights(tmp_path/'m.pth', nets[0])
+
+def test_a_file_of_ours_is_one_network(tmp_path, nets):
+    "Names that look like a prefix are left as they are; a file of one network has no teacher"
+    wrapped = nn.ModuleDict(dict(model=nets[0], ema_model=nets[1]))
+    f = save_weights(tmp_path/'m.safetensors', wrapped)
+    assert weights_hash(load_weights(f)[0])==weights_hash(wrapped) and load_into(wrapped, f)['hash']==weights_hash(wrapped)
+    with pytest.raises(ValueError, match='there is no teacher in it; it holds one network'): load_weights(save_weights(tmp_path/'n.safetensors', nets[0]), 'teacher')
+
+def test_a_checkpoint_converted_to_safetensors(tmp_path, nets, published):
+    "Without our hash its prefixes mean what they mean in a .pth"
+    save_file(plain(published['state_dict']), tmp_path/'daformer.safetensors')
+    for which,n in zip(('student','teacher','imagenet'), nets):
+        assert weights_hash(load_weights(tmp_path/'daformer.safetensors', which)[0])==weights_hash(n)
 
 # ---- into a network
 def test_load_into_is_exact(tmp_path, nets, ckpt):
@@ -189,11 +183,3 @@ def test_all_or_nothing(tmp_path, nets, change, say):
     net = make(9); before = weights_hash(net)
     with pytest.raises(ValueError, match=f'm.safetensors does not fit the network. {say}'): load_into(net, save_weights(tmp_path/'m.safetensors', state))
     assert weights_hash(net)==before
-
-def test_key_diff_agrees_with_torch(nets):
-    other = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Identity(), nn.Conv2d(4, 3, 1), nn.Linear(2, 2))
-    diff = key_diff(other, nets[0].state_dict())
-    shaped = {k:v for k,v in nets[0].state_dict().items() if not k.startswith('2.')}
-    want = other.load_state_dict(shaped, strict=False)
-    assert diff['unexpected']==want.unexpected_keys and [k for k in want.missing_keys if not k.startswith('2.')]==diff['missing']
-    assert [m.split()[0] for m in diff['mismatching']]==['2.weight','2.bias']

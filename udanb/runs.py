@@ -14,7 +14,7 @@ import cv2, torch, torchvision, timm, segmentation_models_pytorch as smp, albume
 from .core import collate, project_root, read_json, resolve, write_json
 from .catalog import names_of
 from .build import box, build, network, parts
-from .recipes import RECIPES, Recipe, identity, make_recipe, pair_of
+from .recipes import RECIPES, Recipe, from_json, identity, make_recipe, pair_of
 from .train import Trainer, read_log, same_recipe
 from .transforms import fit, to_sample
 from .weights import load_into, save_weights
@@ -110,7 +110,7 @@ def load_run(
     out, # folder of a run
 )->torch.nn.Module: # the trained student, in evaluation mode
     "The network of a run"
-    r = Recipe(**{k: tuple(v) if isinstance(v,list) else v for k,v in read_json(Path(out)/'recipe.json').items()})
+    r = from_json(read_json(Path(out)/'recipe.json'))
     net = network(r, len(pair_of(r).space))
     load_into(net, Path(out)/'model.safetensors')
     return net.eval()

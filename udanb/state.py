@@ -35,9 +35,9 @@ _NUMPY = [(np._core.multiarray.scalar, f'numpy.{m}.multiarray.scalar') for m in 
     type(np.dtype(t)) for t in ('f4','f8','i4','i8'))]
 
 def _reason(e):
-    "The line of torch's long message that says what was met, without its advice to let it in"
+    "The line of torch's long message that says what was met, without its advice"
     lines = [l.strip() for l in str(e).splitlines() if l.strip() and not l.startswith('Check the documentation')] or ['']
-    return f"{type(e).__name__}: {lines[-1].split('. Please')[0][:120]}"
+    return f"{type(e).__name__}: {lines[-1].split('. ')[0][:120]}"
 
 def read_torch(
     path, # .pth, .pt, .ckpt, .bin or .tar
