@@ -71,6 +71,7 @@ class HRDA(nn.Module):
         super().__init__()
         if crop%(2*cell): raise ValueError(f'crop {crop}: the detail must be a multiple of {2*cell} pixels to fall on whole cells')
         self.net,self.crop,self.cell,self.batch,self.parity = net,crop,cell,batch,parity
+        self.where = None  # (context logits, size of the image, boxes) -> boxes
         self.scale_attention = DAFormerHead(net.backbone.channels, net.n_classes, dim, fusion='conv1')
 
     @property
@@ -120,6 +121,7 @@ def learn(self:HRDA, img)->Out:
     if any(n%step for n in size): raise ValueError(f'images of {size[0]}x{size[1]}: for training both sides must be multiples of {step}; change the crop')
     box = random_boxes(len(img), size, tuple(min(self.crop,n) for n in size), step, self.parity)
     low,att = self.context(img)
+    if self.where is not None: box = self.where(low.logits, size, box)
     det = self.net(cut(img, box))
     att = att*paste(torch.ones_like(cut(att[:,:1], box//step)), box//step, att.shape[-2:])
     high = paste(det.logits, box//self.cell, tuple(n//self.cell for n in size))
