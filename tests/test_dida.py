@@ -1,0 +1,200 @@
+"DIDA: the invariants of the spec, other networks, files, resume"
+import copy, io
+from dataclasses import replace
+from types import SimpleNamespace
+import numpy as np, pytest, torch
+from torch.nn import functional as F
+from udanb.core import IGNORE, Out, Sample, seed_all
+from udanb.demo import toy_pair
+from udanb.hrda import HRDA
+from udanb.labels import CITYSCAPES19
+from udanb.methods.daformer import daformer, source_only
+from udanb.methods.dida import (Calibrated, InstanceBank, InstanceLoss, Remember, aggregate, boundary, candidates, check_bank, dida, load_bank,
+                                profile_stats, save_bank, target_pixels, unfold)
+from udanb.segmentor import param_groups, segmentor
+from udanb.train import Step, Trainer
+from udanb.transforms import Strong
+
+PAIR = toy_pair(2)
+
+def full(n=4, ch=6, rows=3, seed=0, missing=()):
+    seed_all(seed)
+    b = InstanceBank(n, ch, rows)
+    for _ in range(rows): b.put(torch.rand(n, ch), torch.tensor([c not in missing for c in range(n)]))
+    return b
+
+def made(seed=0, n=4, ch=6, q=.4):
+    "Outputs of student and teacher, a mixture, and the step it belongs to"
+    seed_all(seed)
+    teach,out = (Out(torch.randn(2,n,6,8), (), torch.rand(2,ch,6,8)) for _ in range(2))
+    lbl,paste = torch.randint(0, n, (2,24,32)),torch.rand(2,24,32)<.4
+    x = Sample(None, lbl, torch.where(paste, 1., q))
+    return teach,out,x,SimpleNamespace(teach=teach, pseudo=Sample(None, lbl, torch.full(lbl.shape, q)), src=Sample(None, lbl)),paste
+
+def parts_of(net, m, pair=PAIR, it=0, seed=3):
+    seed_all(seed); net.zero_grad()
+    logs = {}
+    for name,parts in m(Step(*pair, net, m.teacher, it)):
+        sum(parts.values()).backward()
+        logs |= {f'{name}/{k}': v.detach() for k,v in parts.items()}
+    return logs,torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+
+@pytest.mark.parametrize('parity', [False, True])
+def test_zero_weight_gives_daformers_gradients(parity):
+    res = []
+    for add in (lambda m,net: m, lambda m,net: dida(m, net, 19, lam=0., parity=parity)):
+        seed_all(0); net = segmentor('mit_b0', 19, dim=16)
+        m = add(daformer(net, CITYSCAPES19.things, tau=.1, strong=Strong(), parity=parity), net)
+        for it in range(3): logs,g = parts_of(net, m, it=it, seed=it)
+        res.append((g, logs['source/ce'], logs['mixed/ce']))
+    assert all(a.equal(b) for a,b in zip(*res)) and m.passes[0].crits[-1].bank.valid.any()
+
+def test_profile_sums_to_one_and_unfolding_is_the_formula():
+    b = full(missing=(3,))
+    e,logp = torch.rand(2,6,3,5),torch.randn(2,4,3,5).log_softmax(1)
+    q,t = b.sims(e).softmax(1),unfold(b.sims(e), logp, b.label)
+    torch.testing.assert_close(t.sum(1), torch.ones(2,3,5))
+    want = q*logp.exp()[:,b.label]
+    torch.testing.assert_close(t, want/want.sum(1, keepdim=True))
+    assert t[:,9:].max()==0                                                              # rows never written take no part
+    a = aggregate(q, b.label, 4)
+    for c in range(4): torch.testing.assert_close(a[:,c], q[:,b.label==c].sum(1))
+
+@pytest.mark.parametrize('parity', [False, True])
+def test_order_of_the_rows_means_nothing(parity):
+    teach,out,x,step,_ = made()
+    b = full(missing=(1,)); p = copy.deepcopy(b)
+    k = torch.randperm(len(b.label))
+    for f in ('feat','label','valid'): getattr(p, f).copy_(getattr(b, f)[k])
+    assert not p.label.equal(b.label)
+    torch.testing.assert_close(InstanceLoss(p, parity=parity)(out, x, step), InstanceLoss(b, parity=parity)(out, x, step))
+    assert check_bank(p)==pytest.approx(check_bank(b), abs=1e-6)
+
+def test_absent_classes_keep_their_rows():
+    b = full(); was = copy.deepcopy(b)
+    lbl = torch.tensor([[[0,0,2,IGNORE]]]).repeat_interleave(8,1)
+    Remember(b)(Out(None, (), torch.rand(1,6,8,4)), Sample(None, lbl), SimpleNamespace(it=0))
+    same = [b.feat[b.label==c].equal(was.feat[b.label==c]) for c in range(4)]
+    assert same==[False,True,False,True] and b.ptr.tolist()==[1,0,1,0]
+    assert (b.feat!=was.feat).any(1).sum()==2                                            # one row of each class that was there
+
+def test_pasted_pixels_get_no_gradient_and_trust_scales_the_rest():
+    teach,out,x,step,paste = made(q=.4)
+    whole = F.adaptive_avg_pool2d((~paste).float(), (6,8))
+    paste = paste.clone(); paste[:,:12] = True; paste[:,12:] = False                     # a mask of whole cells
+    x = replace(x, wgt=torch.where(paste, 1., .4))
+    f = out.fused.clone().requires_grad_()
+    loss = InstanceLoss(full())(out._replace(fused=f), x, step); loss.backward()
+    assert f.grad[:,:,:3].abs().max()==0 and f.grad[:,:,3:].abs().min()>0 and whole.shape==(2,6,8)
+    half = InstanceLoss(full())(out, replace(x, wgt=torch.where(paste, 1., .2)), step)
+    torch.testing.assert_close(half, loss.detach()/2)
+
+def test_target_pixels_even_if_the_teacher_is_sure_of_all():
+    src,ps = torch.tensor([[[0,1,2,IGNORE]]]),torch.tensor([[[3,3,2,1]]])
+    paste = torch.tensor([[[True,False,False,False]]])
+    x = Sample(None, torch.where(paste, src, ps), torch.ones(1,1,4))
+    step = SimpleNamespace(src=Sample(None, src), pseudo=Sample(None, ps, torch.ones(1,1,4)))
+    assert target_pixels(x, step).tolist()==[[[False,True,False,True]]]                  # the third could be either, and is left out
+    x.wgt = torch.where(paste, 1., .5); step.pseudo.wgt = torch.full((1,1,4), .5)
+    assert target_pixels(x, step).equal(~paste)
+
+def test_boundaries_equal_a_loop():
+    seed_all(0)
+    lbl = torch.randint(0, 2, (2,5,6)).repeat_interleave(3,1).repeat_interleave(3,2); lbl[torch.rand(lbl.shape)<.1] = IGNORE
+    got = boundary(lbl)
+    for i,y,x in np.ndindex(*lbl.shape):
+        near = set(lbl[i,max(y-1,0):y+2,max(x-1,0):x+2].unique().tolist())-{IGNORE}
+        assert got[i,y,x]==(lbl[i,y,x]!=IGNORE and len(near)>1)
+
+def test_published_update_of_the_bank():
+    b = full(); b.m = .9; was = b.feat.clone()
+    e,lbl = torch.rand(2,6,4,4),torch.zeros(2,4,4, dtype=torch.long); lbl[0,:2],lbl[1,2:] = 1,2
+    r = Remember(b, every=2, tau=None, parity=True); o,x = Out(None, (), e),Sample(None, lbl)
+    r(o, x, SimpleNamespace(it=1)); assert b.feat.equal(was)                             # not due
+    r(o, x, SimpleNamespace(it=2))
+    for c in range(4):
+        cells = [e[0,:,y,z] for i in range(2) for y in range(4) for z in range(4) if lbl[i,y,z]==c]     # of both images, out of the first
+        mean = torch.stack(cells).mean(0) if cells else torch.zeros(6)
+        torch.testing.assert_close(b.feat[b.label==c], .9*was[b.label==c]+.1*mean)
+
+def test_blended_labels():
+    net = segmentor('mit_b0', 19, dim=16); m = daformer(net, fd=0, tau=.08, rows=(4,8))
+    step = Step(*PAIR, net, m.teacher)
+    plain,view = step.pseudo,lambda s: s.pseudo
+    b = full(19, 16)
+    assert Calibrated(view, b, alpha=1.)(step).lbl.equal(plain.lbl)
+    got = Calibrated(view, b, alpha=.3)(step)
+    assert got.wgt.equal(plain.wgt) and not got.lbl.equal(plain.lbl) and step.pseudo is got   # later passes see the same labels
+    a = aggregate(b.sims(step.teach.fused).softmax(1), b.label, 19)
+    want = (.3*F.interpolate(step.teach.logits, (64,128), mode='bilinear').softmax(1)+.7*F.interpolate(a, (64,128), mode='bilinear')).argmax(1)
+    assert (want==got.lbl).float().mean()>.999
+    old = Calibrated(view, b, alpha=.3, tau=None, parity=True)(step)
+    assert old.wgt.max()>=plain.wgt.max() and old.wgt[:,:4].max()==0==old.wgt[:,-8:].max()    # added, not blended: surer than before
+
+def test_files_round_trip_and_what_they_say(tmp_path):
+    b = full(5, 7, missing=(2,))
+    f,l = save_bank(b, tmp_path)
+    assert np.load(f)['arr_0'].dtype==np.float32 and np.load(l)['arr_0'].dtype==np.int64 and np.load(f)['arr_0'].shape==(12,7)
+    back = load_bank(full(5, 7, seed=1), tmp_path)
+    assert all(v.equal(back.state_dict()[k]) for k,v in b.state_dict().items() if k!='seen')
+    k = np.random.RandomState(0).permutation(12)
+    np.savez(f, np.load(f)['arr_0'][k]); np.savez(l, np.load(l)['arr_0'][k])               # any order, as in the published files
+    back = load_bank(InstanceBank(5, 7, 4), tmp_path)
+    assert sorted(map(tuple, back.feat[back.valid].tolist()))==sorted(map(tuple, b.feat[b.valid].tolist()))
+    assert back.ptr.tolist()==[3,3,0,3,3] and back.fill()==.75
+    with pytest.raises(ValueError, match=r'this network needs \(12, 8\)'): load_bank(InstanceBank(5, 8, 4), tmp_path)
+    with pytest.raises(ValueError, match='labels 0 to 4; there are 3 classes'): load_bank(InstanceBank(3, 7, 4), tmp_path)
+    with pytest.raises(ValueError, match='set rows=3'): load_bank(InstanceBank(5, 7, 2), tmp_path)
+    with pytest.raises(FileNotFoundError, match='f_buffer_s.npz: not there'): load_bank(b, tmp_path/'no')
+    with pytest.raises(ValueError, match='three are needed'): check_bank(InstanceBank(5, 7))
+
+def test_stats_of_known_profiles():
+    label = torch.tensor([0,0,1,1])
+    s = profile_stats(torch.tensor([[.25]*4,[0,0,1.,0]]), label, torch.tensor([0,0]), 4)
+    torch.testing.assert_close(s, torch.tensor([[1,.5,1],[0,0,0.]]))
+
+def nets():
+    yield 'hrda',lambda: HRDA(segmentor('mit_b0', 19, dim=16), crop=32, dim=16)
+    yield 'upernet',lambda: segmentor('tf_efficientnet_lite0', 19, 'upernet', ch=16)
+    yield 'dlv2',lambda: segmentor('mit_b0', 19, 'dlv2')
+    yield 'segformer',lambda: segmentor('mit_b0', 19, 'segformer', dim=16)
+
+@pytest.mark.parametrize('name,new', list(nets()), ids=lambda v: v if isinstance(v, str) else '')
+@pytest.mark.parametrize('parity', [False, True])
+def test_other_networks(name, new, parity):
+    seed_all(0); net = new()
+    m = dida(daformer(net, CITYSCAPES19.things, tau=.05, strong=Strong()), net, 19, alpha=.9, parity=parity)
+    for it in range(2): logs,g = parts_of(net, m, it=it)
+    assert all(v.isfinite() for v in logs.values()) and g.isfinite().all() and logs['mixed/instance']!=0
+
+def test_bfloat16_is_finite_and_near():
+    seed_all(0); net = segmentor('mit_b0', 19, dim=16)
+    m = dida(daformer(net, fd=0, tau=.05), net, 19)
+    both = []
+    for amp in (torch.autocast('cpu', torch.bfloat16, enabled=False), torch.autocast('cpu', torch.bfloat16)):
+        mm,logs = copy.deepcopy(m),{}
+        seed_all(0)
+        for name,parts in mm(Step(*PAIR, net, mm.teacher, 0, lambda: amp)): logs |= parts
+        sum(logs.values()).backward(); both.append(logs['instance'].item())
+    assert all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None) and both[1]==pytest.approx(both[0], rel=.1)
+
+def test_a_resumed_run_is_the_same_run(tmp_path):
+    def run(out, steps, stop=None):
+        seed_all(0); net = segmentor('mit_b0', 19, dim=16)
+        m = dida(daformer(net, fd=0, tau=.05, strong=Strong()), net, 19)
+        t = Trainer(net, m, param_groups(net, lr=1e-3), lambda start: (PAIR for _ in range(start, stop or steps)), steps, out, quiet=True)
+        t.fit(); t.save()
+        return t
+    a = run(tmp_path/'a', 4)
+    run(tmp_path/'b', 4, stop=2)
+    b = run(tmp_path/'b', 4)
+    was,now = ({k: v for k,v in (t.method.state_dict()|t.student.state_dict()).items()} for t in (a, b))
+    assert b.it==4 and was.keys()==now.keys() and a.method.passes[0].crits[-1].bank.valid.sum()>8
+    for k,v in was.items():                                                               # bits of dilated depthwise gradients depend on where memory lies
+        if not v.is_floating_point(): assert now[k].equal(v), k
+        elif not k.endswith('seen'): torch.testing.assert_close(now[k], v, rtol=1e-2, atol=1e-3)
+    assert a.method.passes[0].crits[-1].bank is a.method.passes[1].crits[-1].bank          # one bank in two criteria
+
+def test_needs_its_passes():
+    net = segmentor('mit_b0', 19, dim=16)
+    with pytest.raises(ValueError, match="'source' and 'mixed' are needed, this method has source"): dida(source_only(net), net, 19)
