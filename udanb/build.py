@@ -48,7 +48,7 @@ def draw_demo(
 def parts(folder)->list: return getattr(folder, 'folders', [folder])   # the `SegFolder`s in it
 
 def box(r:Recipe, spec:SegSpec)->tuple|None: # (H,W) that images of a dataset are fitted into; None = native
-    return r.fit or spec.fit
+    return r.fit or spec.fit and tuple(round(n*r.scale) for n in spec.fit)
 
 # %% ../nbs/61_build.ipynb #5aec9c73
 def _quick(r, folder):

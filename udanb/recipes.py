@@ -13,7 +13,11 @@ from .backbones import BACKBONES
 from .catalog import Pair, find_pair, names_of
 from .core import pick
 from .heads import HEADS
+from .methods.cluda import cluda
 from .methods.daformer import dacs, daformer, source_only
+from .methods.dida import dida
+from .methods.mic import mic
+from .methods.options import RARE, mmd, paste, rare_classes, soft
 from .transforms import AUGMENT
 
 # %% ../nbs/60_recipes.ipynb #429421ea
@@ -49,6 +53,7 @@ class Recipe(How):
     ch:int|None = None           # channels of its fusion; None = `dim`
     steps:int = 40_000
     batch:int = 2                # images of each domain per step
+    scale:float = 1.             # times each dataset's usual size
     fit:tuple[int,...]|None = None   # (H,W) all images are fitted into; None = each dataset's usual size
     crop:tuple[int,...] = (512,512)  # (h,w)
     cat_max:float|None = .75     # redraw source crops in which one class covers more
@@ -101,13 +106,28 @@ METHODS = dict(
     dacs=lambda net,r,space,strong: dacs(net, **_teaching(r, strong)),
     daformer=lambda net,r,space,strong: daformer(net, space.things, r.fd, **_teaching(r, strong)))
 
-PLUS = dict()   # name -> function(method, net, recipe, space, strong, **args) that adds passes or criteria
+# %% ../nbs/60_recipes.ipynb #d079e55b
+PLUS = dict(   # name -> function(method, net, recipe, space, strong, **args) that adds passes or criteria
+    mic=lambda m,net,r,space,strong,**kw: mic(m, net, **dict(strong=None if kw.get('mode')=='both' else strong, parity=r.parity) | kw),
+    dida=lambda m,net,r,space,strong,**kw: dida(m, net, len(space), **dict(parity=r.parity) | kw),
+    cluda=lambda m,net,r,space,strong,**kw: cluda(m, net, **dict(dim=r.dim or 256, after=round(.3*r.steps), parity=r.parity) | kw),
+    soft=lambda m,net,r,space,strong,**kw: soft(m, net, parity=r.parity, **kw),
+    paste=lambda m,net,r,space,strong,names=RARE,**kw: paste(m, r.crop, rare_classes(space, names), **kw),
+    mmd=lambda m,net,r,space,strong,**kw: mmd(m, net, **kw))
+
+_HRDA = Recipe('daformer', hrda=True, scale=2., crop=(1024,1024), rcs_ratio=2.)
 
 RECIPES = dict(
     source_only=Recipe('source_only', rcs=False),
     oracle=Recipe('oracle', rcs=False),
     dacs=Recipe('dacs', alpha=.99, rcs=False, fd=0.),
-    daformer=Recipe('daformer'))
+    daformer=Recipe('daformer'),
+    mic=Recipe('daformer', plus=('mic',)),
+    dida=Recipe('daformer', plus=('dida',)),
+    dida_mic=Recipe('daformer', plus=('dida','mic')),
+    hrda=_HRDA,
+    mic_hrda=replace(_HRDA, plus=('mic',)),
+    cluda=replace(_HRDA, plus=('cluda',)))
 
 # %% ../nbs/60_recipes.ipynb #f7b5d2bc
 SETTINGS = dict(

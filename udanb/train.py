@@ -226,7 +226,7 @@ SCORES = ('miou','miou13','iou','targets')   # keys of a row that are no losses:
 def brief(log, n=20)->str:
     "What the progress bar shows: total loss and q over the last steps, newest mIoU"
     last = log[-n:]; mean = lambda k: sum(r[k] for r in last)/len(last)
-    s = 'loss %.3f' % sum(mean(k) for k in last[-1] if '/' in k and k.split('/')[0] not in SCORES)
+    s = 'loss %.3f' % sum(mean(k) for k in last[-1] if '/' in k and k.split('/')[0] not in SCORES and not k.split('/')[1].startswith('bank_'))
     if 'q' in last[-1]: s += f"  q {mean('q'):.2f}"
     scored = next((r for r in reversed(log) if 'miou/student' in r), None)
     return s+(f"  mIoU {scored['miou/student']:.1f}" + (f"/{scored['miou/teacher']:.1f}" if 'miou/teacher' in scored else '') if scored else '')
