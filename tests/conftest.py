@@ -21,3 +21,12 @@ def shared_data():
     path = ROOT.parent/'shared'/'data'
     if not path.is_dir(): pytest.skip('needs ../shared/data')
     return path
+
+@pytest.fixture(autouse=True)
+def state_stays():
+    "A test that leaves torch's global switches turned breaks others far away: here it is named"
+    yield
+    import torch
+    left = [n for n,on in (('autocast', torch.is_autocast_enabled('cpu')), ('no_grad', not torch.is_grad_enabled()), ('double', torch.get_default_dtype()!=torch.float32)) if on]
+    torch.set_autocast_enabled('cpu', False); torch.set_grad_enabled(True); torch.set_default_dtype(torch.float32)
+    assert not left, left

@@ -171,10 +171,10 @@ def test_bfloat16_is_finite_and_near():
     seed_all(0); net = segmentor('mit_b0', 19, dim=16)
     m = dida(daformer(net, fd=0, tau=.05), net, 19)
     both = []
-    for amp in (torch.autocast('cpu', torch.bfloat16, enabled=False), torch.autocast('cpu', torch.bfloat16)):
+    for on in (False, True):
         mm,logs = copy.deepcopy(m),{}
         seed_all(0)
-        for name,parts in mm(Step(*PAIR, net, mm.teacher, 0, lambda: amp)): logs |= parts
+        for name,parts in mm(Step(*PAIR, net, mm.teacher, 0, lambda: torch.autocast('cpu', torch.bfloat16, enabled=on))): logs |= parts
         sum(logs.values()).backward(); both.append(logs['instance'].item())
     assert all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None) and both[1]==pytest.approx(both[0], rel=.1)
 
@@ -190,9 +190,7 @@ def test_a_resumed_run_is_the_same_run(tmp_path):
     b = run(tmp_path/'b', 4)
     was,now = ({k: v for k,v in (t.method.state_dict()|t.student.state_dict()).items()} for t in (a, b))
     assert b.it==4 and was.keys()==now.keys() and a.method.passes[0].crits[-1].bank.valid.sum()>8
-    for k,v in was.items():                                                               # bits of dilated depthwise gradients depend on where memory lies
-        if not v.is_floating_point(): assert now[k].equal(v), k
-        elif not k.endswith('seen'): torch.testing.assert_close(now[k], v, rtol=1e-2, atol=1e-3)
+    assert not [k for k,v in was.items() if not now[k].equal(v)]
     assert a.method.passes[0].crits[-1].bank is a.method.passes[1].crits[-1].bank          # one bank in two criteria
 
 def test_needs_its_passes():
