@@ -6,6 +6,11 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')   # before torch is imported: pyte
 
 from pathlib import Path
 import pytest
+from hypothesis import settings
+
+# The same examples every time, so that a red run can be repeated; `UDANB_EXPLORE=1 make test` looks for new ones
+settings.register_profile('same', derandomize=True, deadline=None)
+if not os.environ.get('UDANB_EXPLORE'): settings.load_profile('same')
 
 ROOT = Path(__file__).resolve().parent.parent
 
