@@ -10,6 +10,7 @@ from udanb.datasets import SegFolder
 from udanb.files import read_ids, read_image
 from udanb.labels import CITYSCAPES_IDS, SYNTHIA_IDS
 from udanb.look import cache_dir, cached, converted, downscale, journals, read_journal, unfinished
+from udanb.own import fake_tree, own_dataset
 from udanb.prepare import open_splits, problems, show_frequencies, summary, survey, unknown_ids, unpaired, verdict
 from udanb.stats import class_stats, stats_files
 from udanb.transforms import TrainTfm, fit
@@ -246,6 +247,7 @@ SCRIPT = '''
 import sys, time
 from udanb import prepare
 from udanb.catalog import GTA
+from udanb.own import fake_tree, own_dataset
 from udanb.prepare import open_splits, survey
 real = prepare.treat
 def slow(*a, **kw):          # so that the signal comes in the middle on any machine
@@ -465,3 +467,14 @@ def test_notebook_converts_and_copies_and_finds_what_is_broken(tmp_path):
 def test_notebook_refuses_a_misspelt_parameter(tmp_path):
     p = papermill(PAGE, tmp_path/'copy.ipynb', '-p', 'covert', True, '-p', 'out', tmp_path/'out')
     assert p.returncode!=0 and "did you mean 'convert'" in p.stderr and not (tmp_path/'out').exists()
+
+def test_copies_of_another_class_list_are_not_taken(tmp_path):
+    "Two descriptions of the same files have copies of their own, also when one goes back to the first"
+    first = dict(folder='g', images='im/*.png', labels='lb/*.png', classes=[dict(name='a', id=1), dict(name='b', id=2)], space=dict(name='s', classes=['a','b']))
+    specs = [own_dataset('x', d) for d in (first, first | dict(classes=[dict(name='b', id=1), dict(name='a', id=2)]))]
+    fake_tree(specs[0], tmp_path, n=3, size=(48,96))
+    for s in (*specs, specs[0]):
+        f = SegFolder(s, tmp_path)
+        survey(f, size=(24,48), workers=0, quiet=True)
+        assert np.array_equal(cached(f, (24,48)).label(1), fit(f.label(1), (24,48), nearest=True))
+    assert not np.array_equal(*(SegFolder(s, tmp_path).label(1) for s in specs))

@@ -128,7 +128,8 @@ def cache_dir(
     quality=None, # of JPEG images; None = lossless PNG
 )->Path:
     "Where resized copies are: hidden beside the data or, on a read-only disk, in the project's cache"
-    near,far = folder.root/'.cache',stats_files(folder)[1]
+    own = folder.spec.stats.removeprefix('sample_class_stats').removesuffix('.json')      # copies of labels hold train ids: one place for each class list
+    near,far = folder.root/f'.cache{own}',stats_files(folder)[1]
     far = far.with_name(far.stem.replace('sample_class_stats', 'resized'))
     there = [d for d in (near,far) if (d/_tag(size, quality)).is_dir()]
     return (there or [near if os.access(folder.root, os.W_OK) else far])[0]/_tag(size, quality)
