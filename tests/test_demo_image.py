@@ -110,7 +110,7 @@ def test_bad_input_is_named(world, tmp_path, monkeypatch):
     fails(ValueError, 'empty: no images in this folder; known suffixes: .png', images=str(tmp_path/'empty'))
     fails(FileNotFoundError, 'nowhere: there is no such image or folder', images=str(tmp_path/'nowhere'))
     (tmp_path/'cut.jpg').write_bytes((world/'photos'/'b.jpg').read_bytes()[:300])
-    fails(ValueError, 'cut.jpg: cannot be read as an image', images=str(tmp_path/'cut.jpg'))
+    fails(ValueError, 'cut.jpg: broken image file', images=str(tmp_path/'cut.jpg'))
     (tmp_path/'twins').mkdir()
     for end in ('png','jpg'): Image.new('RGB', (8,8)).save(tmp_path/'twins'/f'a.{end}')
     fails(ValueError, 'several images are called a; rename', images=str(tmp_path/'twins'))

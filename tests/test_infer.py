@@ -199,7 +199,7 @@ def test_folder_goes_on_after_an_interruption(tmp_path, net):
     (tmp_path/'in'/'2.png').write_bytes(whole_file[:200])
     out = tmp_path/'out'
     net.train()
-    with pytest.raises(ValueError, match='2.png: cannot be read as an image'): predict_folder(net, tmp_path/'in', out, SPACE, quiet=True)
+    with pytest.raises(ValueError, match='2.png: broken image file'): predict_folder(net, tmp_path/'in', out, SPACE, quiet=True)
     assert net.training and sorted(p.name for p in (out/'label').iterdir())==['0.png','1.png']
     (tmp_path/'in'/'2.png').write_bytes(whole_file)
     net.shapes.clear()

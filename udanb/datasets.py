@@ -158,7 +158,7 @@ def path(self:SegFolder, i)->Path:
 def _share(self:SegFolder, x, how):
     "(H,W[,3]) at the split's share of its size"
     f = self.spec.shrink.get(self.split, 1)
-    return x if f==1 else np.asarray(Image.fromarray(x).resize((int(x.shape[1]*f),int(x.shape[0]*f)), how))
+    return x if f==1 else np.array(Image.fromarray(x).resize((int(x.shape[1]*f),int(x.shape[0]*f)), how))
 
 @patch
 def size(self:SegFolder, i)->tuple:
