@@ -244,7 +244,8 @@ def test_second_run_does_nothing(tmp_path, monkeypatch):
     assert [px for _,px in class_stats(SegFolder(GTA, tmp_path), quiet=True)]==first.px
 
 SCRIPT = '''
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)      # a shell's background jobs are born deaf to it
 from udanb import prepare
 from udanb.catalog import GTA
 from udanb.own import fake_tree, own_dataset
