@@ -1,5 +1,5 @@
 "DIDA: the invariants of the spec, other networks, files, resume"
-import copy, io
+import copy
 from dataclasses import replace
 from types import SimpleNamespace
 import numpy as np, pytest, torch
@@ -9,7 +9,7 @@ from udanb.demo import toy_pair
 from udanb.hrda import HRDA
 from udanb.labels import CITYSCAPES19
 from udanb.methods.daformer import daformer, source_only
-from udanb.methods.dida import (Calibrated, InstanceBank, InstanceLoss, Remember, aggregate, boundary, candidates, check_bank, dida, load_bank,
+from udanb.methods.dida import (Calibrated, InstanceBank, InstanceLoss, Remember, aggregate, boundary, check_bank, dida, load_bank,
                                 profile_stats, save_bank, target_pixels, unfold)
 from udanb.segmentor import param_groups, segmentor
 from udanb.train import Step, Trainer
