@@ -9,22 +9,25 @@ sys.path.insert(0, str(Path(__file__).parent))
 import contract as c
 from udanb import heads
 from udanb.core import Out, Sample, seed_all
-from udanb.heads import HEADS, DAFormerHead, DLV2AdapterHead, On, SegFormerHead, UPerHead, dilated
+from udanb.heads import HEADS, DAFormerHead, DLV2AdapterHead, LastFCNHead, On, SegFormerHead, UPerHead, dilated
 from udanb.losses import CE
 
 CHANNELS = {'MiT-like':(4,6,10,16), 'CNN-like':(3,5,7,9), 'ViT-like':(8,8,8,8)}
-LAST = {'dlv2','dlv2_adapter'}                                            # heads that look at the last map only
+LAST = {'fcn','dlv2','dlv2_adapter'}                                            # heads that look at the last map only
 PINNED = {                                                                # mean, spread, first and last logit
     'daformer': [0.5248, 0.783, 0.9357, -1.5691], 'daformer_aspp': [-0.3537, 0.6213, 0.4996, -0.9422],
     'daformer_conv1': [-0.1319, 0.2655, 0.1915, -0.4579], 'segformer': [0.3142, 0.5395, -0.6654, 0.6896],
-    'upernet': [-0.7849, 0.9682, 2.6339, -0.1943], 'dlv2': [-0.4617, 0.6173, 0.564, -0.8223], 'dlv2_adapter': [-0.7134, 0.8895, -1.3842, 0.7843]}
+    'upernet': [-0.7849, 0.9682, 2.6339, -0.1943], 'fcn': [-0.6121, 0.8726, -1.2412, 1.0778],
+    'dlv2': [-0.4617, 0.6173, 0.564, -0.8223], 'dlv2_adapter': [-0.7134, 0.8895, -1.3842, 0.7843]}
 every = pytest.mark.parametrize('name', HEADS)
 
 @every
 @pytest.mark.parametrize('channels', CHANNELS)
 @pytest.mark.parametrize('grids', c.GRIDS)
 def test_shapes_and_gradients(name, channels, grids):
-    c.check_shapes_and_gradients(HEADS[name], CHANNELS[channels], grids, *((3,[3]) if name in LAST else (0,[0,1,2,3])))
+    level,used = (3,[3]) if name in LAST else (0,[0,1,2,3])
+    c.check_shapes_and_gradients(HEADS[name], CHANNELS[channels], grids, level, used)
+    assert HEADS[name]((4,6,10,16), 5, dim=8).level==level
 
 @every
 def test_single_image(name): c.check_single_image(HEADS[name], (4,6,10,16), c.GRIDS[1])
@@ -140,6 +143,31 @@ def test_uper_head_equals_hugging_faces():
     fs = c.maps((4,6,10,16), c.GRIDS[1])
     torch.testing.assert_close(ours.eval()(fs)[0], ref(fs), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(ours.aux(fs[2]), aux(fs), rtol=1e-5, atol=1e-6)
+
+def test_fcn_head_equals_hugging_faces():
+    "Theirs is UPerNet's second head, which can also have two convolutions and the third of both stacked"
+    hf = pytest.importorskip('transformers.models.upernet.modeling_upernet', reason='an independent FCN')
+    from transformers import ConvNextConfig, UperNetConfig
+    seed_all(0)
+    cfg = UperNetConfig(backbone_config=ConvNextConfig(), num_labels=5, auxiliary_channels=8, auxiliary_num_convs=2, auxiliary_concat_input=True)
+    ref = hf.UperNetFCNHead(cfg, (4,6,10,16), in_index=3).eval()
+    ours = LastFCNHead((4,6,10,16), 5, ch=8).eval()
+    ours.load_state_dict({k.replace('batch_norm', 'bn').replace('classifier', 'conv_seg'): v for k,v in ref.state_dict().items()})
+    fs = c.maps((4,6,10,16), c.GRIDS[1])
+    torch.testing.assert_close(ours(fs)[0], ref(fs), rtol=1e-5, atol=1e-6)
+
+def test_fcn_head_equals_a_literal_reading():
+    "Forward and gradients in training mode, with its three BatchNorms written out"
+    seed_all(0)
+    head,x = LastFCNHead((1,1,1,7), 5, ch=6, dropout=0.).double(),torch.randn(2,7,4,5, dtype=torch.double, requires_grad=True)
+    def layer(x, m): return F.batch_norm(F.conv2d(x, m.conv.weight, padding=1), None, None, m.bn.weight, m.bn.bias, True).relu()
+    y = layer(layer(x, head.convs[0]), head.convs[1])
+    fused = layer(torch.cat([x, y], 1), head.conv_cat)
+    want = F.conv2d(fused, head.conv_seg.weight, head.conv_seg.bias)
+    logits,got = head([None]*3+[x])
+    torch.testing.assert_close(logits, want); torch.testing.assert_close(got, fused)
+    g,ps = torch.randn_like(want),[x, *head.parameters()]
+    for a,b in zip(torch.autograd.grad(logits, ps, g), torch.autograd.grad(want, ps, g)): torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 
 def test_dlv2_heads_equal_a_literal_reading():
     seed_all(0)

@@ -1,10 +1,11 @@
 "Prediction, whole and in windows, against naive loops; evaluation; folders that are interrupted, foreign or damaged"
+from functools import partial
 import numpy as np, pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 from torch import nn
-from udanb.core import IGNORE, Out, Sample, normalize, seed_all
-from udanb.infer import evaluate, find_images, inferring, predict, predict_folder, slide, weights_hash, whole, windows
+from udanb.core import IGNORE, Out, Sample, normalize, read_json, seed_all
+from udanb.infer import evaluate, find_images, inferring, plain_repr, predict, predict_folder, slide, weights_hash, whole, windows
 from udanb.labels import CAMVID11, LabelSpace, colorize
 from udanb.metrics import Confusion
 
@@ -147,6 +148,20 @@ def test_evaluate_errors(net):
     net.conv.bias.data[0] = torch.inf
     with pytest.raises(FloatingPointError, match='0.png'): evaluate(net, ok, Confusion(4), quiet=True)
     assert net.training
+
+def test_a_function_as_mode(net, tmp_path):
+    "A function that does what a named mode does gives the same; its record repeats in another process, and it cuts its own windows"
+    net.eval()
+    by = lambda **kw: evaluate(net, make_loader(), Confusion(4), quiet=True, **kw).mat
+    assert by(mode=whole).equal(by()) and by(mode=partial(slide, crop=16, stride=8)).equal(by(mode='slide', crop=16, stride=8))
+    with pytest.raises(ValueError, match='is a function and cuts its own windows'): by(mode=whole, crop=16)
+    with pytest.raises(ValueError, match='is a function and cuts its own windows'): by(mode=whole, stride=16)
+    photo(tmp_path/'in'/'a.png')
+    outs = [predict_folder(net, tmp_path/'in', tmp_path/k, SPACE, quiet=True, **kw) for k,kw in
+            dict(name=dict(mode='slide', crop=16, stride=8), fn=dict(mode=partial(slide, crop=16, stride=8))).items()]
+    assert len({(o/'label'/'a.png').read_bytes() for o in outs})==1
+    assert [read_json(o/'predict.json')['mode'] for o in outs]==['slide', 'functools.partial(<function slide>, crop=16, stride=8)']
+    assert plain_repr(object())=='<object object>' and plain_repr(None)=='None'
 
 def test_evaluate_keeps_no_predictions():
     "Each prediction is freed before the next image comes"

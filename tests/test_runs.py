@@ -169,13 +169,14 @@ def test_broken_files_are_skipped_and_reported(tmp_path):
 
 # ---- every recipe and every file in params/
 
-@pytest.mark.parametrize('name', RECIPES)
+@pytest.mark.parametrize('name', [n for n in RECIPES if n not in ('selftrain','distill')])   # those two need earlier runs: test_chains.py
 def test_every_recipe_steps_twice(name, data, tmp_path):
     out = run(make_recipe(name, 'demo', over=TINY), data, tmp_path/'r', quiet=True)
     m = read_json(out/'metrics.json')
-    assert m['steps']==2 and m['recipe']==name and ('teacher' in m['miou'])==(name not in ('source_only','oracle')) and len(m['iou']['student'])==19
+    who = {'student'} if name in ('source_only','oracle') else {'student','teacher'}
+    assert m['steps']==2 and m['recipe']==name and set(m['miou'])==set(m['label_free'])==who and len(m['iou']['student'])==19
     x = torch.zeros(1,3,64,64)
-    assert load_run(out)(x).logits.shape==(1,19,16,16)
+    assert load_run(out)(x).logits.shape==(1,19,16,16) if 'ddb' not in name else load_run(out)(x).logits.shape[:2]==(1,19)
 
 @pytest.mark.parametrize('head', HEADS)
 def test_every_head_trains_and_comes_back(head, data, tmp_path):

@@ -1,11 +1,19 @@
 "Weights files: exactly one network, whole or absent, and no code from strangers"
-import copy, json, os
+import copy, json, math, os, subprocess, sys
+from functools import partial
 import numpy as np, pytest, torch
+from conftest import ROOT
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from udanb.core import seed_all
-from udanb.weights import load_into, load_weights, plain, save_weights, strip, weights_hash
+from torch.optim import swa_utils
+from udanb.core import Sample, seed_all
+from udanb.demo import toy_pair
+from udanb.methods.daformer import source_only
+from udanb.segmentor import param_groups, segmentor
+from udanb.train import Trainer
+from udanb.weights import (MeanState, Snapshots, average, cycle_ends, cyclic, export_weights, greedy_soup, load_into, load_weights, plain, save_weights, soup,
+                           strip, swa, update_bn, weights_hash)
 
 def make(seed=0):
     seed_all(seed)
@@ -171,7 +179,7 @@ def test_load_into_is_exact(tmp_path, nets, ckpt):
     assert load_into(net, save_weights(tmp_path/'m.safetensors', nets[1], dict(seed=1)))['seed']=='1'
     assert same(net.state_dict(), nets[1].state_dict())
     torch.save(ckpt, tmp_path/'c.pt')
-    assert load_into(net, tmp_path/'c.pt')=={} and same(net.state_dict(), nets[0].state_dict())
+    assert load_into(net, tmp_path/'c.pt')==dict(step='7', recipe=ckpt['recipe']) and same(net.state_dict(), nets[0].state_dict())
 
 @pytest.mark.parametrize('change,say', [
     (lambda s: s.pop('1.running_var'), '1 missing: 1.running_var'),
@@ -183,3 +191,262 @@ def test_all_or_nothing(tmp_path, nets, change, say):
     net = make(9); before = weights_hash(net)
     with pytest.raises(ValueError, match=f'm.safetensors does not fit the network. {say}'): load_into(net, save_weights(tmp_path/'m.safetensors', state))
     assert weights_hash(net)==before
+
+
+# ---- the mean of networks
+def rich(seed=0):
+    "Every kind of tensor: BatchNorm's counter, half precision, complex, bool, integers, float64"
+    seed_all(seed)
+    net = make(seed)
+    for _ in range(seed+1): net(torch.randn(2,3,8,8))
+    return net.state_dict() | dict(h=torch.randn(5).half(), b=torch.randn(5).bfloat16(), c=torch.randn(3, dtype=torch.complex64), m=torch.rand(4)>.5,
+                                   i=torch.randint(0, 9, (4,)), d=torch.randn(3, dtype=torch.float64), none=torch.zeros(0,2), scalar=torch.randn(()))
+
+def written(tmp_path, states, **kw): return [save_weights(tmp_path/f'{i}.safetensors', s, **kw) for i,s in enumerate(states)]
+
+@pytest.mark.parametrize('k,weights', [(1,None), (2,None), (3,None), (7,None), (3,[.1,.2,.4]), (3,[1e-9,1,1e9])])
+def test_soup_of_copies_is_the_copy(tmp_path, k, weights):
+    "Bit for bit, in any type, with any weights"
+    s = {n: v for n,v in rich(1).items() if n not in ('c','d')}         # safetensors has no complex; float64 has no wider type to add in
+    s |= dict(tiny=torch.tensor([1e-42,-1e-45]), huge=torch.tensor([3e38,-3e38]), inf=torch.tensor([-torch.inf,1]))
+    f = save_weights(tmp_path/'m.safetensors', s)
+    assert weights_hash(average([f]*k, weights))==weights_hash(s)
+
+def test_equal_to_torchs_averaged_model(nets):
+    theirs = swa_utils.AveragedModel(nets[0], use_buffers=True)
+    mean = MeanState()
+    for i,n in enumerate(nets):
+        for _ in range(i): n(torch.randn(2,3,8,8))
+        theirs.update_parameters(n); mean.add(n.state_dict())
+    state = mean.value()
+    assert list(state)==list(nets[0].state_dict()) and state['1.num_batches_tracked']==2
+    for k,v in theirs.module.state_dict().items():
+        if v.is_floating_point(): torch.testing.assert_close(state[k], v, rtol=1e-6, atol=1e-7)
+
+def test_weighted_mean_against_numpy(tmp_path):
+    states,w = [rich(i) for i in range(3)],[3,1,.5]
+    mean = MeanState()
+    for s,x in zip(states, w): mean.add(s, x)
+    got = mean.value()
+    for k,v in got.items():
+        num = lambda t: (t.float() if t.dtype==torch.bfloat16 else t).numpy()
+        want = np.average([num(s[k]) for s in states], 0, w) if v.is_floating_point() or v.is_complex() else num(states[-1][k])
+        np.testing.assert_allclose(num(v), want, rtol=1e-2 if v.dtype in (torch.half,torch.bfloat16) else 1e-6, atol=1e-7)
+        assert v.dtype==states[0][k].dtype and v.shape==states[0][k].shape
+
+def test_order_matters_only_to_the_counters(tmp_path, nets):
+    files = written(tmp_path, [n.state_dict() for n in nets])
+    a,b = average(files),average(files[::-1])
+    assert all(a[k].equal(b[k]) for k in a if a[k].is_floating_point())
+
+def test_adding_leaves_the_members_alone(nets):
+    before = [weights_hash(n) for n in nets]
+    mean = MeanState()
+    for n in nets: mean.add(n.state_dict())
+    v = mean.value(); v['0.weight'].zero_(); v['1.num_batches_tracked'].fill_(99)
+    assert [weights_hash(n) for n in nets]==before and mean.value()['0.weight'].abs().sum()>0 and mean.value()['1.num_batches_tracked']==0
+
+@pytest.mark.parametrize('change,say', [
+    (lambda s: s.pop('1.running_var'), '1 missing: 1.running_var'),
+    (lambda s: s.update(extra=torch.ones(1)), '1 unexpected: extra'),
+    (lambda s: s.update({'2.weight': torch.ones(5,4,1,1)}), r'1 mismatching: 2.weight \(5x4x1x1 in the file'),
+    (lambda s: s.update({'2.weight': s['2.weight'].half()}), r'1 of another type: 2.weight \(torch.float16 in the file, torch.float32 in the first'),
+    (lambda s: s.update({'2.weight': s['2.weight']*torch.nan}), 'NaN in 2.weight; was it a run that diverged')])
+def test_members_that_do_not_fit(tmp_path, nets, change, say):
+    odd = dict(nets[1].state_dict()); change(odd)
+    files = written(tmp_path, [nets[0].state_dict(), odd])
+    with pytest.raises(ValueError, match=f'1.safetensors.*{say}'): average(files)
+    with pytest.raises(ValueError, match=say): soup(files, tmp_path/'soup.safetensors')
+    with pytest.raises(ValueError, match=say): greedy_soup(files, lambda s: 1.)
+    assert not (tmp_path/'soup.safetensors').exists()
+    mean = MeanState().add(nets[0].state_dict())
+    with pytest.raises(ValueError): mean.add(odd)
+    assert weights_hash(mean.value())==weights_hash(nets[0])             # nothing of it was added
+
+def test_bad_calls(tmp_path, nets):
+    files = written(tmp_path, [n.state_dict() for n in nets])
+    for w in ([1,1], [1,0,1], [1,-1,1], [1,float('nan'),1], [1,float('inf'),1]):
+        with pytest.raises(ValueError, match='3 positive numbers are needed'): average(files, w)
+    for f in (average, lambda p: greedy_soup(p, len)):
+        with pytest.raises(ValueError, match='no files to average'): f([])
+    with pytest.raises(FileNotFoundError, match='gone.safetensors: no such weights'): average([*files, tmp_path/'gone.safetensors'])
+    with pytest.raises(FileNotFoundError, match='checkpoint.pt: no such weights'): average([tmp_path], which='teacher')
+    with pytest.raises(ValueError, match="unknown network of a run 'techer'; did you mean 'teacher'"): average([tmp_path], which='techer')
+    assert weights_hash(average(files[0]))==weights_hash(nets[0])          # one path is a list of one
+
+def test_soups_header_and_folders_of_runs(tmp_path, nets, ckpt):
+    "Members are folders, students or teachers; what all say alike is kept, and what went in is listed"
+    for i,n in enumerate(nets[:2]):
+        save_weights(tmp_path/f'run{i}'/'model.safetensors', n, dict(recipe=dict(seed=i), classes=['a','b']))
+        torch.save(ckpt | dict(model=n.state_dict()), tmp_path/f'run{i}'/'checkpoint.pt')
+    runs = [tmp_path/'run0',tmp_path/'run1']
+    state,meta = load_weights(soup(runs, tmp_path/'soup.safetensors', [3,1], dict(recipe='{"seed": 7}')))
+    assert all(state[k].equal(v) for k,v in average(runs, [3,1]).items()) and meta['classes']=='["a", "b"]' and meta['recipe']=='{"seed": 7}'
+    rows = json.loads(meta['ingredients'])
+    assert [(r['hash'],r['weight'],r['file']) for r in rows]==[(weights_hash(n),w,str(f/'model.safetensors')) for n,w,f in zip(nets, (.75,.25), runs)]
+    assert 'recipe' not in load_weights(soup(runs, tmp_path/'s.safetensors'))[1]
+    assert weights_hash(average(runs, which='teacher'))==weights_hash(nets[1])    # both checkpoints hold the same teacher
+    assert weights_hash(load_weights(soup(runs[:1]*3, tmp_path/'copies.safetensors'))[0])==weights_hash(nets[0])
+
+def test_memory_does_not_grow_with_the_number_of_files(tmp_path):
+    "Largest resident size of a real process after 2 and after 16 files of 16 MB"
+    files = [save_weights(tmp_path/f'{i}.safetensors', dict(w=torch.full((4_000_000,), float(i)), b=torch.zeros(3))) for i in range(2)]
+    code = '''import resource, sys
+from udanb.weights import average, greedy_soup
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss>>10
+ways = average, lambda fs: greedy_soup(fs, lambda s: 1.)[0]
+print([(float(way(sys.argv[1:]*k)['w'].mean()), peak()) for way in ways for k in (1,8)])'''
+    p = subprocess.run([sys.executable, '-c', code, *map(str, files)], capture_output=True, text=True, cwd=ROOT)
+    assert p.returncode==0, p.stderr
+    got = json.loads(p.stdout.replace('(', '[').replace(')', ']'))
+    assert [x for x,_ in got]==[.5]*4
+    for (_,few),(_,many) in (got[:2],got[2:]): assert many<few+24, got      # fourteen more files would be 224 MB
+
+
+# ---- greedy
+def scalars(tmp_path, values): return [save_weights(tmp_path/f'{i}.safetensors', dict(w=torch.tensor([float(v)]))) for i,v in enumerate(values)]
+
+def test_greedy_against_a_naive_reading(tmp_path):
+    "The score is the distance to 1; naive: average lists of numbers afresh at every step"
+    values = [0., 3., -1.5, .7, 1.6, 9.]
+    files,score = scalars(tmp_path, values),lambda s: abs(float(s['w'])-1)
+    order,kept = sorted(values, key=lambda v: abs(v-1)),[]
+    for v in order:
+        if not kept or abs(np.mean([*kept,v])-1)<=abs(np.mean(kept)-1): kept.append(v)
+    state,chosen,tab = greedy_soup(files, score, higher=False)
+    assert [files.index(f) for f in chosen]==[values.index(v) for v in kept] and len(kept)>1
+    assert abs(float(state['w'])-np.mean(kept))<1e-6 and list(tab['taken'])==[v in kept for v in order]
+    assert tab['alone'].is_monotonic_increasing and [files.index(type(files[0])(f)) for f in tab['file']]==[values.index(v) for v in order]
+    np.testing.assert_allclose(tab[tab['taken']]['together'].iloc[-1], score(state))
+    flipped = greedy_soup(files, lambda s: -score(s))                                 # more is better: the same soup
+    assert flipped[1]==chosen and float(flipped[0]['w'])==float(state['w'])
+
+def test_greedy_never_ends_below_its_best_member(tmp_path):
+    files = scalars(tmp_path, np.random.default_rng(0).normal(size=8))
+    score = lambda s: float(torch.sin(9*s['w']))
+    state,chosen,tab = greedy_soup(files, score)
+    assert score(state)>=tab['alone'].max()-1e-6 and tab['taken'].iloc[0] and len(chosen)==tab['taken'].sum()
+
+def test_greedy_takes_copies_and_refuses_nan(tmp_path):
+    files = scalars(tmp_path, [2.]*3)
+    state,chosen,_ = greedy_soup(files, lambda s: 1.)
+    assert chosen==files and float(state['w'])==2
+    with pytest.raises(ValueError, match='0.safetensors: its score is NaN'): greedy_soup(files, lambda s: float('nan'))
+
+
+# ---- BatchNorm
+def bn_net():
+    seed_all(3)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=.3), nn.Dropout(.5), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2),
+                         nn.BatchNorm2d(2, track_running_stats=False))
+
+def test_update_bn_against_torch_and_a_naive_mean():
+    net,x = bn_net(),[torch.randn(4,3,8,8)+i for i in range(3)]
+    theirs = copy.deepcopy(net); theirs[2].p = 0.                                     # torch leaves dropout on
+    net.eval(); net[3].train()
+    modes = [m.training for m in net.modules()]
+    assert update_bn(net, [(Sample(x[0]),'label'), x[1], Sample(x[2])])==2
+    swa_utils.update_bn(x, theirs)
+    assert weights_hash(net)==weights_hash(theirs) and [m.training for m in net.modules()]==modes
+    assert [m.momentum for m in net.modules() if isinstance(m, nn.BatchNorm2d)]==[.3,.1,.1]
+    with torch.no_grad(): y = [net[0](b) for b in x]
+    torch.testing.assert_close(net[1].running_mean, torch.stack([b.mean((0,2,3)) for b in y]).mean(0))
+    torch.testing.assert_close(net[1].running_var, torch.stack([b.transpose(0,1).flatten(1).var(1) for b in y]).mean(0))
+
+def test_update_bn_leaves_frozen_ones_and_gradients():
+    net = segmentor('tf_efficientnet_lite0', 5, dim=16, freeze_bn=True)
+    enc = weights_hash(net.backbone)
+    head = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.head.modules())
+    assert update_bn(net, [torch.randn(2,3,64,64)])==head>0 and weights_hash(net.backbone)==enc and net.training
+    assert all(p.grad is None for p in net.parameters()) and torch.is_grad_enabled()
+    assert update_bn(nn.Sequential(nn.Linear(2,2), nn.LayerNorm(2)), iter(()))==0
+
+def test_update_bn_puts_back_what_it_found():
+    net = bn_net().eval(); before = weights_hash(net)
+    def broken(): yield torch.randn(2,3,8,8); raise OSError('the disk went away')
+    with pytest.raises(OSError, match='went away'): update_bn(net, broken())
+    with pytest.raises(ValueError, match='no batches'): update_bn(net, [])
+    assert weights_hash(net)==before and not any(m.training for m in net.modules()) and net[1].momentum==.3
+
+
+# ---- SWA
+@pytest.mark.parametrize('steps,cycles', [(12,3), (100,7), (10,10), (5,1), (1,1), (601,12)])
+def test_cycles(steps, cycles):
+    f,ends = [cyclic(t, steps, cycles) for t in range(steps)],cycle_ends(steps, cycles)
+    assert len(ends)==cycles and ends[-1]==steps and max(np.diff([0,*ends]))-min(np.diff([0,*ends]))<=1
+    for a,b in zip([0,*ends], ends):                                                  # each cycle against mmcv's cosine, drawn to its last step
+        want = [.01+.5*.99*(math.cos(math.pi*t/max(b-a-1,1))+1) for t in range(b-a)] if b-a>1 else [.01]
+        np.testing.assert_allclose(f[a:b], want, atol=1e-12)
+        assert abs(f[b-1]-.01)<1e-12 and (b-a==1 or f[a]==1)
+    assert all(.01-1e-12<=x<=1 for x in f)
+    assert abs(min(cyclic(t, steps, cycles, low=.5) for t in range(steps))-.5)<1e-12
+
+def test_cycles_that_cannot_be():
+    for bad in (0,6,-1):
+        with pytest.raises(ValueError, match=f'{bad} cycles in 5 steps'): cyclic(0, 5, bad)
+    for it in (-1,5):
+        with pytest.raises(ValueError, match=f'step {it} is not in a run of 5'): cyclic(it, 5, 2)
+
+def trainer(out, steps=6, cycles=3, **kw):
+    seed_all(0)
+    net = segmentor('mit_b0', 19, dim=16)
+    def loader(start):
+        for i in range(start, steps): yield toy_pair(2, seed=i, size=(32,64))
+    rate = partial(cyclic, cycles=cycles)
+    return Trainer(net, source_only(net), param_groups(net, lr=1e-3), loader, steps, out, schedule=rate, recipe=dict(name='toy'),
+                   callbacks=[Snapshots(cycles, dict(classes=['x']))], quiet=True, **kw)
+
+def test_snapshots_of_a_real_run_and_of_an_interrupted_one(tmp_path):
+    t = trainer(tmp_path/'a'); seen = {}
+    t.callbacks.append(lambda t,logs: seen.update({t.it: plain(t.student.state_dict())}))
+    log = t.fit()
+    at = tmp_path/'a'/'snapshots'
+    assert sorted(f.name for f in at.iterdir())==['2.safetensors','4.safetensors','6.safetensors']
+    for i,n in enumerate((2,4,6)):
+        state,meta = load_weights(at/f'{n}.safetensors')
+        assert weights_hash(state)==weights_hash(seen[n]) and {k: meta[k] for k in ('step','cycle','cycles','recipe','classes')}==dict(
+            step=str(n), cycle=str(i+1), cycles='3', recipe='{"name": "toy"}', classes='["x"]')
+    np.testing.assert_allclose([r['lr']/1e-3 for r in log], [1,.01]*3, atol=1e-9)
+    mean = MeanState()
+    for n in (2,4,6): mean.add(seen[n])
+    assert weights_hash(swa(tmp_path/'a'))==weights_hash(swa(at))==weights_hash(mean.value())
+    # interrupted after step 5, with a checkpoint of step 3: step 4's snapshot is written again, the same
+    u = trainer(tmp_path/'b', save_every=3)
+    def stop(t, logs):
+        if t.it==5: raise KeyboardInterrupt
+    u.callbacks.append(stop)
+    with pytest.raises(KeyboardInterrupt): u.fit()
+    with pytest.raises(ValueError, match='cycles 1/3, 2/3; let it finish'): swa(tmp_path/'b')
+    (tmp_path/'b'/'snapshots'/'.6.77.part.safetensors').write_bytes(b'half')            # what a killed process leaves
+    trainer(tmp_path/'b', save_every=3).fit()
+    assert weights_hash(swa(tmp_path/'b'))==weights_hash(mean.value())
+
+def test_swa_refuses_what_is_not_one_run(tmp_path, nets):
+    with pytest.raises(FileNotFoundError, match='no snapshots there'): swa(tmp_path)
+    def put(step, cycle, cycles): return save_weights(tmp_path/'snapshots'/f'{step}.safetensors', nets[0], dict(cycle=cycle, cycles=cycles))
+    put(5, 1, 2); put(10, 2, 2)
+    assert weights_hash(swa(tmp_path))==weights_hash(nets[0])
+    put(3, 1, 3)                                                                        # of a run with other cycles
+    with pytest.raises(ValueError, match='cycles 1/3, 1/2, 2/2'): swa(tmp_path)
+    (tmp_path/'snapshots'/'3.safetensors').unlink()
+    f = put(10, 2, 2); f.write_bytes(f.read_bytes()[:-3])
+    with pytest.raises(ValueError, match='10.safetensors: not a whole safetensors file'): swa(tmp_path)
+    save_weights(f, nets[1])
+    with pytest.raises(ValueError, match='not the snapshots of one whole run but cycles 1/2, None/None'): swa(tmp_path)
+
+
+# ---- export
+def test_export(tmp_path, nets, ckpt):
+    run = tmp_path/'run'
+    save_weights(run/'model.safetensors', nets[0], dict(recipe=ckpt['recipe'], classes=['a']))
+    torch.save(ckpt, run/'checkpoint.pt')
+    for path,which,net in ((run,'student',nets[0]), (run,'teacher',nets[1]), (run/'checkpoint.pt','teacher',nets[1]), (run/'checkpoint.pt','student',nets[0])):
+        fresh = make(9)
+        meta = load_into(fresh, export_weights(path, tmp_path/'x.safetensors', which, dict(why='test')))
+        assert same(fresh.state_dict(), net.state_dict())
+        assert (meta['recipe'],meta['classes'],meta['network'],meta['why'])==(ckpt['recipe'],'["a"]',which,'test')
+    save_weights(run/'model.safetensors', nets[0], dict(recipe='{"name": "other"}', classes=['b']))
+    meta = load_weights(export_weights(run, tmp_path/'x.safetensors', 'teacher'))[1]
+    assert 'classes' not in meta and meta['recipe']==ckpt['recipe'] and meta['step']=='7' # the file beside it is of another recipe
+    with pytest.raises(ValueError, match='no teacher'): export_weights(run/'model.safetensors', tmp_path/'y.safetensors', 'teacher')
+    assert not (tmp_path/'y.safetensors').exists()

@@ -172,10 +172,11 @@ class OnContext(nn.Module):
 # %% ../nbs/23_hrda.ipynb #3c825b08
 @patch
 def ask(self:HRDA, crit:nn.Module)->list: # of criteria
-    "A loss of the logits, on the fused ones with weight 1-λ_d and on the detail's with λ_d"
+    "A loss of the logits, on the fused ones with weight 1-λ_d and on the detail's with λ_d; then what the wrapped network asks beside (UPerNet's second classifier)"
+    _,*more = self.net.ask(crit)
     fused,detail = copy(crit),OnDetail(crit)
     fused.w = crit.w*(1-detail.w)
-    return [fused,detail]
+    return [fused,detail,*more]
 
 @patch
 def ask_feats(self:HRDA, crit:nn.Module)->nn.Module: return OnContext(crit)

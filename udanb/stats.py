@@ -84,10 +84,15 @@ def _stem(path, suffixes):
     s = max((s for s in suffixes if path.endswith(s)), key=len, default='')
     return tuple(path[:len(path)-len(s)].split('/'))
 
+def _below(folder, i):
+    "A label's path, relative to the dataset's folder if it lies in it; stored pseudo-labels do not"
+    p = folder.label_path(i)
+    return (p.relative_to(folder.root) if p.is_relative_to(folder.root) else p).as_posix()
+
 def label_keys(folder)->list: # for each image
     "What statistics know a label by: its path below the dataset's folder, without suffix, in parts"
     ends = [k.suffix for k in folder.spec.labels]
-    return [_stem(folder.label_path(i).relative_to(folder.root).as_posix(), ends) for i in range(len(folder))]
+    return [_stem(_below(folder, i), ends) for i in range(len(folder))]
 
 def read_stats(
     path,   # a `sample_class_stats.json`, of upstream or ours
@@ -134,7 +139,7 @@ def keep_stats(
             have |= {keys[i]:n for i,n in counts.items()}
             find,ends = _finder(keys),[k.suffix for k in folder.spec.labels]
             named = {find(_stem(r['file'], ends)): r['file'] for r in (read_json(path) if path.exists() else ())}   # names stay as they were written
-            file = lambda i,k: named.get(k) or folder.label_path(i).relative_to(folder.root).as_posix()
+            file = lambda i,k: named.get(k) or _below(folder, i)
             mine = [{str(c):n for c,n in have[k].items()} | dict(file=file(i,k)) for i,k in enumerate(keys) if k in have]
             return atomic_write(path, json.dumps(rest+mine))
         except OSError: pass

@@ -102,12 +102,13 @@ def draw(self:Bank,
 class Paste(nn.Module):
     "A view: another view's mixed images, with rare classes pasted from other source crops"
     def __init__(self,
-        view:nn.Module,  # like `Mixed`: `Step` -> `Sample`, with its augmentation in `strong`
+        view:nn.Module,  # like `Mixed`: `Step` -> `Sample`, with its augmentation in `strong`; or a wrapper of one, in its `view`
         bank:Bank,
         n:int=2,         # classes pasted into each image
     ):
         super().__init__()
         self.view,self.bank,self.n = view,bank,n
+        while not hasattr(view, 'strong'): view = view.view
         self.strong,view.strong = view.strong,nn.Identity()
 
     @torch.no_grad()

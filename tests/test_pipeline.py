@@ -1,0 +1,273 @@
+"A chain in real processes: killed in each stage, damaged, moved, out of space, and two at once"
+import errno, json, multiprocessing, os, shutil, signal, subprocess, time
+from pathlib import Path
+import pytest
+from udanb.backbones import backbone
+from udanb.core import atomic_write, read_json, seed_all
+from udanb.demo import write_demo
+from udanb.pipeline import STAMP, Pipeline, damaged, outputs, read_stamp
+from udanb.recipes import make_recipe
+from udanb.runs import load_run
+from udanb.train import Trainer
+from udanb.weights import load_weights, save_weights
+
+CHILDREN = multiprocessing.get_context('forkserver')   # processes of their own that need not import torch again
+CHILDREN.set_forkserver_preload(['udanb.pipeline'])
+TINY = dict(backbone='mit_b0', dim=16, batch=2, crop=(64,64), rcs=False, steps=4, save_every=1, eval_every=0)
+
+# ---- a chain of three: an encoder's weights, a training from them, and something made of the trained network
+
+def note(out, what):
+    with open(f'{out}.calls', 'a') as f: f.write(what+'\n')
+def calls(out):
+    "What was done since the last look"
+    f = Path(f'{out}.calls')
+    said = f.read_text().split('\n')[:-1] if f.exists() else []
+    f.unlink(missing_ok=True)
+    return said
+
+def at(out, what, stop):
+    "Note it; in the right place wait for the end"
+    note(out, what)
+    if what==stop: Path(f'{out}.held').touch(); time.sleep(120)
+
+def encoder(folder, out, stop):
+    def about(p): p.write_text('random')
+    def weights(p): seed_all(1); save_weights(p, backbone('mit_b0', None).body)
+    for n,write in (('about.txt',about), ('mit.safetensors',weights)):
+        def slowly(p):
+            p.write_bytes(b'half')
+            at(out, n, stop)
+            write(p)
+        if not (folder/n).exists(): atomic_write(folder/n, slowly)
+
+def brief(folder, out, weights, stop):
+    at(out, 'brief', stop)
+    atomic_write(folder/'sum.json', json.dumps({k: v.double().sum().item() for k,v in load_weights(weights)[0].items()}))
+    return dict(tensors=len(load_weights(weights)[0]))
+
+def chain(data, out, stop=None, quiet=True):
+    real = Trainer.step
+    def step(self, *args):
+        at(out, f'step {self.it}', stop)
+        return real(self, *args)
+    Trainer.step = step
+    try:
+        pipe = Pipeline(out, quiet)
+        a = pipe.stage('encoder', lambda f: encoder(f, out, stop), dict(seed=1))
+        r = make_recipe('source_only', 'demo', over=TINY | dict(weights=str(a/'mit.safetensors')))
+        b = pipe.train('uda', r, data, dict(encoder=a))
+        c = pipe.stage('brief', lambda f: brief(f, out, b/'model.safetensors', stop), inputs=dict(weights=b/'model.safetensors'))
+    finally: Trainer.step = real
+    return pipe,a,b,c
+
+def start(data, out, stop=None):
+    p = CHILDREN.Process(target=chain, args=(str(data), str(out), stop)); p.start()
+    return p
+def wait_for(what, seconds=120):
+    t0 = time.time()
+    while not what():
+        assert time.time()-t0<seconds, 'it never came to that'
+        time.sleep(.02)
+def kill_at(data, out, stop):
+    "Start the chain, kill it in that place, and say what it did"
+    p,held = start(data, out, stop),Path(f'{out}.held')
+    wait_for(lambda: held.exists() or p.exitcode is not None)
+    assert p.exitcode is None, 'it ended before'
+    p.kill(); p.join(); held.unlink()
+    assert p.exitcode==-signal.SIGKILL
+    return calls(out)
+def finish(data, out):
+    p = start(data, out); p.join(240)
+    assert p.exitcode==0
+    return calls(out)
+
+def stage_of(out, name): return next(Path(out).glob(f'{name}-*'))
+def names(out): return sorted(f.name for f in Path(out).iterdir())
+def sound(out): return all((s := read_stamp(f)) and not damaged(f, s) and not [*f.rglob('*.part*')] for f in Path(out).iterdir())
+STEPS = [f'step {i}' for i in range(4)]
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp('data')
+    write_demo(root/'demo', n_source=4, n_target=4, n_val=2, size=(64,128))
+    return root
+
+@pytest.fixture(scope='module')
+def ready_made(data, tmp_path_factory):
+    "The chain as it comes out when nothing goes wrong"
+    out = tmp_path_factory.mktemp('whole')/'chain'
+    assert finish(data, out)==['about.txt','mit.safetensors',*STEPS,'brief'] and sound(out)
+    return out
+
+@pytest.fixture
+def made(ready_made, tmp_path): return Path(shutil.copytree(ready_made, tmp_path/'chain'))   # by the way: moved
+
+# ---- killed
+
+def test_killed_in_each_stage(data, ready_made, tmp_path):
+    "Finished stages are not touched again, the interrupted one goes on, and the end is the same to the bit: else the last stage's key would differ"
+    out = tmp_path/'chain'
+    assert kill_at(data, out, 'mit.safetensors')==['about.txt','mit.safetensors']
+    a = stage_of(out, 'encoder')
+    assert outputs(a)==['about.txt'] and read_stamp(a) is None and [*a.glob('.mit*.part*')]        # a half of it lies there
+    assert kill_at(data, out, 'step 2')==['mit.safetensors','step 0','step 1','step 2']
+    b = stage_of(out, 'uda')
+    assert read_stamp(a) and not [*a.glob('.*.part*')] and read_stamp(b) is None and (b/'checkpoint.pt').exists()
+    assert kill_at(data, out, 'brief')==['step 2','step 3','brief']
+    assert read_stamp(b) and read_stamp(stage_of(out, 'brief')) is None
+    assert finish(data, out)==['brief']
+    assert finish(data, out)==[] and sound(out) and names(out)==names(ready_made)
+
+def test_checkpoint_of_an_interrupted_training(data, ready_made, tmp_path):
+    "Damaged it is named, removed the training begins again"
+    out = tmp_path/'chain'
+    kill_at(data, out, 'step 2')
+    b = stage_of(out, 'uda')
+    cut(b/'checkpoint.pt')
+    with pytest.raises(ValueError, match='checkpoint.pt: not a readable checkpoint.*Remove it') as e: chain(data, out)
+    assert "in stage 'uda'" in e.value.__notes__[0] and read_stamp(b) is None and calls(out)==[]
+    (b/'checkpoint.pt').unlink()
+    assert finish(data, out)==[*STEPS,'brief'] and sound(out) and names(out)==names(ready_made)
+
+def test_interrupted_chain_is_moved(data, ready_made, tmp_path):
+    "The recipe names the encoder's weights by their place: elsewhere the run still goes on"
+    kill_at(data, tmp_path/'a', 'step 2')
+    os.rename(tmp_path/'a', tmp_path/'b')
+    assert finish(data, tmp_path/'b')==['step 2','step 3','brief'] and names(tmp_path/'b')==names(ready_made)
+    there = stage_of(tmp_path/'b', 'encoder')/'mit.safetensors'
+    assert read_json(stage_of(tmp_path/'b', 'uda')/'recipe.json')['weights']==str(there)
+
+# ---- damaged
+
+def cut(f): f.write_bytes(f.read_bytes()[:f.stat().st_size//2])
+def flip(f):
+    b = bytearray(f.read_bytes()); b[-5] ^= 1; f.write_bytes(b)
+def drop_row(f): f.write_text(''.join(f.read_text().splitlines(True)[:-1]))
+
+# stage, what is done to which of its files, what is done again
+DAMAGE = dict(
+    no_checkpoint=('uda', [(Path.unlink,'checkpoint.pt')], []),                       # not needed any more
+    no_weights=('uda', [(Path.unlink,'model.safetensors')], []),                      # from the checkpoint, without a step
+    cut_weights=('uda', [(cut,'model.safetensors')], []),
+    flipped_bit=('uda', [(flip,'model.safetensors')], []),
+    cut_metrics=('uda', [(cut,'metrics.json')], []),
+    no_recipe=('uda', [(Path.unlink,'recipe.json')], []),
+    cut_stamp=('uda', [(cut,STAMP)], []),
+    cut_stamp_and_weights=('uda', [(cut,STAMP), (cut,'model.safetensors')], []),
+    lost_row=('uda', [(drop_row,'log.jsonl')], STEPS),                                # nothing can bring the row back
+    no_weights_no_checkpoint=('uda', [(Path.unlink,'model.safetensors'), (Path.unlink,'checkpoint.pt')], STEPS),
+    cut_file=('encoder', [(cut,'about.txt')], ['about.txt']),                 # only this one
+    no_file=('encoder', [(Path.unlink,'mit.safetensors')], ['mit.safetensors']),
+    cut_last=('brief', [(cut,'sum.json')], ['brief']),
+    empty_stamp=('brief', [(lambda f: f.write_bytes(b''),STAMP)], ['brief']))
+
+@pytest.mark.parametrize('case', DAMAGE)
+def test_damage_is_mended_and_nothing_else_done(case, data, made, ready_made):
+    name,harms,again = DAMAGE[case]
+    for harm,file in harms: harm(stage_of(made, name)/file)
+    pipe,_,b,_ = chain(data, made)
+    found = [case=='no_checkpoint' or f!=stage_of(made, name) for f in pipe.rows]
+    assert calls(made)==again and [s=='found' for s in pipe.table().state]==found
+    assert sound(made) and names(made)==names(ready_made)                             # the next stages were found: the bytes are the same
+    assert pipe.table().miou.notna().tolist()==[False,True,False] and pipe.results(b)['steps']==4 and load_run(b)
+    assert Pipeline(made, True).stage('encoder', None, dict(seed=1)).is_dir()         # `None` cannot be called: nothing is
+
+def test_stamp_of_another_stage(data, made):
+    a,c = stage_of(made, 'encoder'),stage_of(made, 'brief')
+    shutil.copy(a/STAMP, c/STAMP)
+    with pytest.raises(ValueError, match="tells of another stage .*stage: 'encoder' there, 'brief' here.*Move or remove") as e: chain(data, made)
+    assert calls(made)==[] and "in stage 'brief'" in e.value.__notes__[0]
+
+def test_other_settings_and_other_bytes_are_other_stages(data, made):
+    pipe = Pipeline(made, True)
+    inp = stage_of(made, 'brief')/'sum.json'
+    one = pipe.stage('x', lambda f: None, dict(lr=1), dict(i=inp))
+    two = pipe.stage('x', lambda f: None, dict(lr=2), dict(i=inp))
+    inp.write_text('{}')
+    three = pipe.stage('x', lambda f: None, dict(lr=1), dict(i=inp))
+    assert len({one,two,three})==3 and list(pipe.table().state)==['made']*3
+    r = make_recipe('source_only', 'demo', over=TINY | dict(weights=str(inp)))
+    with pytest.raises(ValueError, match="stage 'uda': the recipe reads .*sum.json"): pipe.train('uda', r, data)
+
+# ---- two at once
+
+def forks(folder, out):
+    "A stage with a child that outlives it, as a loader's worker does for some seconds"
+    if not (pid := os.fork()): time.sleep(60); os._exit(0)
+    Path(f'{out}.child').write_text(str(pid))
+    at(out, 'forked', 'forked')
+def fork_stage(out): Pipeline(out, True).stage('fork', lambda f: forks(f, out))
+
+def test_two_processes_at_once(tmp_path):
+    out = tmp_path/'chain'
+    p = CHILDREN.Process(target=fork_stage, args=(str(out),)); p.start()
+    wait_for(lambda: Path(f'{out}.held').exists())
+    mine = lambda: Pipeline(out, True).stage('fork', lambda f: note(out, 'mine'))
+    with pytest.raises(RuntimeError, match=rf"fork-\w+: another process \(pid {p.pid}\) is making stage 'fork'"): mine()
+    assert calls(out)==['forked']
+    child = int(Path(f'{out}.child').read_text())
+    p.kill(); p.join()
+    try:
+        os.kill(child, 0)                                                            # the child lives, and does not keep the lock
+        mine()
+    finally: os.kill(child, signal.SIGKILL)
+    assert calls(out)==['mine']
+
+# ---- the disk is full
+
+@pytest.fixture
+def small(tmp_path):
+    "A disk of 3 MiB, and how to make it larger"
+    d = tmp_path/'disk'; d.mkdir()
+    mount = lambda *a: subprocess.run(['mount', '-t', 'tmpfs', '-o', *a, 'tmpfs', d], capture_output=True).returncode
+    if shutil.which('mount') is None or mount('size=3m'): pytest.skip('needs the right to mount a tmpfs')
+    yield d, lambda size: mount(f'remount,size={size}')
+    subprocess.run(['umount', '-l', d], check=True)
+
+def fill(f):
+    with open(f, 'wb', buffering=0) as o:
+        try:
+            while o.write(bytes(4096)): pass
+        except OSError as e: assert e.errno==errno.ENOSPC
+
+def test_disk_full_between_files(small, tmp_path):
+    d,out = small[0],small[0]/'chain'
+    (d/'ballast').write_bytes(bytes(1<<20))
+    def four(folder):
+        for i in range(4):
+            if (f := folder/f'{i}.bin').exists(): continue
+            note(tmp_path/'n', str(i))
+            atomic_write(f, bytes([i])*(600<<10))
+    for did in (['0','1','2','3'],['3']):                                            # 3 MiB hold three of them beside the ballast
+        with pytest.raises(OSError) as e: Pipeline(out, True).stage('four', four)
+        assert e.value.errno==errno.ENOSPC and "in stage 'four'" in e.value.__notes__[0] and calls(tmp_path/'n')==did
+        f = stage_of(out, 'four')
+        assert read_stamp(f) is None and outputs(f)==['0.bin','1.bin','2.bin'] and not [*f.glob('.*.part*')]
+    (d/'ballast').unlink()
+    pipe = Pipeline(out, True)
+    pipe.stage('four', four)
+    assert calls(tmp_path/'n')==['3'] and list(pipe.table().state)==['made'] and sound(out)
+
+def test_disk_full_when_the_stamp_is_written(small):
+    d,out = small[0],small[0]/'chain'
+    def greedy(folder): atomic_write(folder/'x.bin', b'x'*9000); fill(d/'ballast')
+    with pytest.raises(OSError) as e: Pipeline(out, True).stage('greedy', greedy)
+    f = stage_of(out, 'greedy')
+    assert e.value.errno==errno.ENOSPC and not (f/STAMP).exists() and outputs(f)==['x.bin']
+    (d/'ballast').unlink()
+    with pytest.raises(OSError): Pipeline(out, True).stage('greedy', greedy)         # the disk is filled again
+    (d/'ballast').unlink()
+    assert Pipeline(out, True).stage('greedy', lambda folder: None)==f and sound(out)
+
+def test_disk_full_in_training(small, data, ready_made):
+    d,larger = small
+    out = d/'chain'
+    assert larger('30m')==0                                                          # the encoder, 13 MiB, and no checkpoint
+    with pytest.raises((OSError,RuntimeError)) as e: chain(data, out)
+    b = stage_of(out, 'uda')
+    assert "in stage 'uda'" in e.value.__notes__[0] and read_stamp(b) is None and not (b/'checkpoint.pt').exists() and not [*b.glob('.*.part*')]
+    did = Path(f'{out}.calls').read_text().split()
+    assert did[:2]==['about.txt','mit.safetensors'] and larger('300m')==0
+    calls(out)
+    assert finish(data, out)==[*STEPS,'brief'] and sound(out) and names(out)==names(ready_made)

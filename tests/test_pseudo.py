@@ -1,0 +1,385 @@
+"Pseudo-labels: what is written, round trips into training, exports that are killed, damaged or mixed up, and the run notebook"
+import errno, json, os, shutil, signal, subprocess, sys, time
+from dataclasses import replace
+from functools import partial
+import numpy as np, pandas as pd, pytest, torch
+from hypothesis import given, settings, strategies as st
+from PIL import Image
+from torch import nn
+from conftest import ROOT
+from udanb.catalog import CAMVID, CITYSCAPES, DATASETS, MAPILLARY, ZEROWASTE_V2
+from udanb.core import IGNORE, Out, normalize, seed_all, write_json
+from udanb.datasets import LabelFiles, SegFolder, SegSpec
+from udanb.demo import write_demo
+from udanb.files import read_ids
+from udanb.infer import predict
+from udanb.labels import CAMVID11, CITYSCAPES19, SPACES, ZEROWASTE5
+from udanb.loaders import pair_loader
+from udanb.own import fake_tree, own_dataset
+from udanb.pseudo import export_pseudo, numbers, place, pseudo_sample, pseudo_spec, pseudo_stats, read_rows, read_stamp, show_pseudo, sure, thresholds
+from udanb.recipes import identity, make_recipe
+from udanb.segmentor import segmentor
+from udanb.stats import class_stats
+from udanb.transforms import TrainTfm, fit
+from udanb.tta import tta
+from udanb.weights import save_weights
+
+class Net(nn.Module):
+    "Stride 4; counts its forwards"
+    def __init__(self, n, seed=0):
+        super().__init__()
+        seed_all(seed)
+        self.conv,self.calls = nn.Conv2d(3, n, 4, stride=4),0
+        self.conv.weight.data *= 3
+    def forward(self, img): self.calls += 1; return Out(self.conv(img))
+
+def tree(spec, root, split, space, n=3, size=(48,96), **kw):
+    fake_tree(spec, root, n, size, labels=False)
+    return SegFolder(spec, root, split, space=space, labels=False, **kw)
+
+@pytest.fixture
+def town(tmp_path): return tree(CAMVID, tmp_path, 'train', CAMVID11)
+def files(out): return sorted(p.relative_to(out).as_posix() for p in out.rglob('*') if p.is_file())
+go = partial(export_pseudo, quiet=True)
+
+def naive(net, img, space, threshold=None, size=None):
+    "Pixel by pixel"
+    p = predict(net, normalize(img)[None], size)[0].numpy()
+    ids,conf = np.zeros(p.shape[1:], np.uint8),p.max(0)
+    for y in range(p.shape[1]):
+        for x in range(p.shape[2]):
+            c = int(p[:,y,x].argmax())
+            t = threshold.get(space.classes[c], 0) if isinstance(threshold, dict) else threshold or 0
+            ids[y,x] = IGNORE if p[c,y,x]<np.float32(t) else space.train_ids[c] if space.train_ids else c
+    return ids,conf
+
+# ---- what is kept
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.lists(st.floats(0, 1, width=32), min_size=5, max_size=5))
+def test_thresholds_are_of_the_predicted_class(seed, ts):
+    p = torch.randn(5,6,7, generator=torch.Generator().manual_seed(seed)).mul(3).softmax(0)
+    names = dict(zip(ZEROWASTE5.classes, ts))
+    lbl,kept,conf = sure(p, thresholds(ZEROWASTE5, names))
+    for y in range(6):
+        for x in range(7):
+            c = max(range(5), key=lambda k: p[k,y,x].item())
+            assert lbl[y,x]==c and conf[y,x]==p[c,y,x] and kept[y,x]==(c if p[c,y,x].item()>=ts[c] else IGNORE)
+
+def test_a_pixel_at_the_threshold_is_kept():
+    p = torch.tensor([.75,.25,0,0,0])[:,None,None]
+    assert sure(p, thresholds(ZEROWASTE5, .75))[1].item()==0 and sure(p, thresholds(ZEROWASTE5, .7501))[1].item()==IGNORE
+
+@pytest.mark.parametrize('bad,why', [(90,'is 90'), (-.1,'is -0.1'), (True,'is True'), (dict(car='much'),'of car is much'),
+                                     (dict(cars=.5),"did you mean 'car'"), (float('nan'),'is nan')])
+def test_impossible_thresholds(bad, why):
+    with pytest.raises(ValueError, match=why): thresholds(CAMVID11, bad)
+
+# ---- files
+@pytest.mark.parametrize('threshold', [None, .4, dict(road=.5, car=.35)])
+def test_files_equal_a_naive_loop(town, tmp_path, threshold):
+    net,out = Net(11),tmp_path/'out'
+    assert go(net, town, out, CAMVID11, threshold, confidence=True)==out and net.training
+    keys = [town.key(i) for i in range(len(town))]
+    names = [f'gtFine/train/{k}_gtFine_labelTrainIds.png' for k in keys]
+    assert files(out)==sorted(['pseudo.json','pseudo.jsonl',*names,*(f'confidence/{n}' for n in names)])
+    px,kept,conf = (np.zeros(11) for _ in range(3))
+    for i,n in enumerate(names):
+        im = Image.open(out/n)
+        want,c = naive(net, town.image(i), CAMVID11, threshold)
+        assert im.mode=='L' and (np.asarray(im)==want).all() and (np.asarray(Image.open(out/'confidence'/n))==np.round(c*255)).all()
+        every,row = naive(net, town.image(i), CAMVID11)[0],read_rows(out)[town.names[i]]
+        for k,t in enumerate(CAMVID11.train_ids):
+            assert row['px'][k]==(every==t).sum() and row['kept'][k]==(want==t).sum()
+            assert abs(row['conf'][k]-(c[every==t].mean() if (every==t).any() else 0))<1e-5
+            px[k] += (every==t).sum(); kept[k] += (want==t).sum(); conf[k] += c[every==t].sum()
+        assert row['bytes']=={f: (out/f).stat().st_size for f in (n,f'confidence/{n}')}
+    tab = pseudo_stats(out)
+    np.testing.assert_allclose(tab.share, 100*np.append(px,px.sum())/px.sum(), rtol=1e-6)
+    seen = np.append(px,px.sum())>0
+    np.testing.assert_allclose(tab.coverage[seen], 100*(np.append(kept,kept.sum())/np.append(px,px.sum()).clip(1))[seen], rtol=1e-6)
+    np.testing.assert_allclose(tab.confidence[seen], 100*(np.append(conf,conf.sum())/np.append(px,px.sum()).clip(1))[seen], rtol=1e-4)
+    assert tab.coverage[~seen].isna().all() and list(tab.index)==[*CAMVID11.classes,'all'] and show_pseudo(out).axes[0].get_xlabel()
+
+def test_network_size_modes_and_views(town, tmp_path):
+    "Whatever the network sees, labels have the size of the file"
+    net = Net(11)
+    small = partial(fit, size=(24,48))
+    a = go(net, town, tmp_path/'a', CAMVID11, tfm=small)
+    b = go(net, town, tmp_path/'b', CAMVID11, mode=partial(tta, ratios=(.5,1.), flip=True))
+    c = go(net, town, tmp_path/'c', CAMVID11, mode='slide', crop=32, stride=16)
+    f = [x for x in files(a) if x.endswith('.png')][0]
+    assert (read_ids(a/f)==naive(net, small(town.image(0)), CAMVID11, size=(48,96))[0]).all()
+    want = np.array(CAMVID11.train_ids)[tta(net, normalize(town.image(0))[None], (.5,1.))[0].argmax(0).numpy()]
+    assert (read_ids(b/f)==want).all() and read_ids(c/f).shape==(48,96) and (read_ids(c/f)!=want).any()
+    assert 'ratios=(0.5, 1.0)' in read_stamp(b)['mode'] and 'size=(24, 48)' in read_stamp(a)['tfm']
+
+def test_a_dataset_read_at_half_its_size(tmp_path):
+    "Mapillary's val is read at half size: its pseudo-labels have the files' size, and come back at half"
+    f = tree(MAPILLARY, tmp_path, 'val', CITYSCAPES19)
+    out = go(Net(19), f, tmp_path/'out', CITYSCAPES19)
+    back = SegFolder(pseudo_spec(MAPILLARY, out, CITYSCAPES19), tmp_path, 'val', space=CITYSCAPES19)
+    assert f.image(0).shape[:2]==(24,48)==back.label(0).shape and read_ids(back.label_path(0)).shape==(48,96)
+
+# ---- round trips
+def own(**kw): return own_dataset('mine', dict(images='pics/{split}/*.jpg', splits=dict(train='a', test='b'),
+                                             space=dict(name='fruit', classes=['leaf','apple','pear'])) | kw)
+CASES = dict(cityscapes=(CITYSCAPES,'train',CITYSCAPES19), camvid=(CAMVID,'val',CAMVID11),
+             zerowaste=(ZEROWASTE_V2,'test',ZEROWASTE5), zerowaste_all=(ZEROWASTE_V2,'train',ZEROWASTE5),
+             own=(own(),'test',own().space), own_labelled=(own(labels='marks/{split}/*_m.png'),'train',own().space))
+
+@pytest.mark.parametrize('case', CASES)
+def test_round_trip_into_training(tmp_path, case):
+    "Written, opened as a labelled training set, drawn as batches: the labels are those of the network"
+    spec,split,space = CASES[case]
+    f,net = tree(spec, tmp_path/'data', split, space),Net(len(space))
+    probs = [predict(net, normalize(f.image(i))[None])[0] for i in range(len(f))]
+    t = float(np.median(np.concatenate([p.max(0)[0].numpy().ravel() for p in probs])))
+    out = go(net, f, tmp_path/'{odd} out', space, t)
+    back = SegFolder(pseudo_spec(spec, out, space), tmp_path/'data', split, space=space)
+    assert back.names==f.names and len(back)>=3 and all(back.label_path(i).is_relative_to(out) for i in range(len(back)))
+    for i,p in enumerate(probs): assert (back.image(i)==f.image(i)).all() and (back.label(i)==torch.where(p.max(0)[0]<t, IGNORE, p.max(0)[1]).numpy()).all()
+    assert .3<np.mean([back.label(i)==IGNORE for i in range(len(back))])<.6
+    tfm = TrainTfm(crop=(32,32))
+    batch = next(iter(pair_loader(back, None, tfm, tfm, 2, 0, steps=1)))
+    assert batch.src.lbl.shape==(2,32,32) and set(batch.src.lbl.unique().tolist())<={*range(len(space)),IGNORE}
+    x = pseudo_sample(f, out, [0,2], space)
+    assert x.wgt is None and (x.lbl[1].numpy()==back.label(2)).all()
+
+def test_rare_class_sampling_counts_what_was_kept(town, tmp_path):
+    "Statistics of pseudo-labels lie with them, and nothing is put beside the dataset"
+    out = go(Net(11), town, tmp_path/'out', CAMVID11, .4)
+    back = SegFolder(pseudo_spec(CAMVID, out, CAMVID11), tmp_path, space=CAMVID11)
+    for _ in range(2):
+        counted = class_stats(back, quiet=True)                                                    # the second time from the file
+        assert [sum(n.get(c,0) for _,n in counted) for c in range(11)]==np.array([r['kept'] for r in read_rows(out).values()]).sum(0).tolist()
+    assert (out/'class_stats.json').exists() and not list((tmp_path/'camvid').rglob('*class_stats*'))
+
+@pytest.mark.parametrize('name', DATASETS)
+def test_every_dataset_has_a_place(name):
+    spec = DATASETS[name]
+    folder,suffix = place(spec, spec.space)
+    assert suffix.lower().endswith('.png') and any((k.folder,k.suffix)==(folder,suffix) for k in spec.labels)
+    if spec.space.name!='zerowaste5' and name not in ('bdd100k',): assert 'labelTrainIds' in suffix    # never train ids under a name that says label ids
+
+def test_places_without_fitting_kinds():
+    ids = {7:0, 8:1, 11:2}
+    kind = lambda suffix,**kw: LabelFiles('gt/{split}', suffix, ids, **kw)
+    spec = SegSpec('x', 'x', 'images', ('.png',), (kind('_polygons.json', read=print), kind('_ids.png')))
+    assert place(spec, CITYSCAPES19)==('gt/{split}','_polygons.png') and place(replace(spec, labels=(kind('.PNG'),)), CITYSCAPES19)==('gt/{split}','.PNG')
+    rgb = LabelFiles('colour', '.png', {i:i for i in range(19)}, read=print)                     # holds colours: not the same numbers
+    assert place(replace(spec, labels=(rgb,LabelFiles('ids', '_t.png', {i:i for i in range(19)}))), CITYSCAPES19)==('ids','_t.png')
+    assert place(replace(spec, labels=()), CITYSCAPES19)==('labels/{split}','.png')
+    assert [numbers(s)[:3] for s in SPACES.values()]==[(0,1,2)]*5 and numbers(CAMVID11)[-1]==18
+
+def test_several_splits_share_a_folder(tmp_path):
+    net = Net(11)
+    for s in ('train','val'): out = go(net, tree(CAMVID, tmp_path, s, CAMVID11), tmp_path/'out', CAMVID11)
+    assert len(read_rows(out))==6 and pseudo_stats(out).images['all']==6
+    for s in ('train','val'): assert len(SegFolder(pseudo_spec(CAMVID, out, CAMVID11), tmp_path, s, space=CAMVID11))==3
+
+def test_a_run_can_learn_them_in_other_spaces(town, tmp_path):
+    "Labels of eleven classes, opened with the nineteen they are part of"
+    out = go(Net(11), town, tmp_path/'out', CAMVID11)
+    spec = pseudo_spec(CAMVID, out, CAMVID11)
+    a,b = SegFolder(spec, tmp_path, space=CAMVID11),SegFolder(spec, tmp_path, space=CITYSCAPES19)
+    assert (np.array(CAMVID11.train_ids)[a.label(0)]==b.label(0)).all()
+
+# ---- what goes wrong
+def test_truncated_removed_and_foreign_rows(town, tmp_path):
+    net,out = Net(11),tmp_path/'out'
+    go(net, town, out, CAMVID11, .4, confidence=True)
+    whole = {f: (out/f).read_bytes() for f in files(out)}
+    labels = [f for f in whole if f.startswith('gtFine')]
+    again = lambda: (setattr(net, 'calls', 0),go(net, town, out, CAMVID11, .4, confidence=True),net.calls)[-1]
+    same = lambda: {f: (out/f).read_bytes() for f in files(out)}==whole
+    assert again()==0 and same()
+    (out/labels[0]).write_bytes(whole[labels[0]][:-7]); assert again()==1 and same()             # truncated
+    (out/labels[1]).write_bytes(b''); (out/'confidence'/labels[2]).unlink(); assert again()==2 and same()
+    shutil.rmtree(out/'confidence'); assert again()==3 and same()
+    rows = whole['pseudo.jsonl'].split(b'\n')
+    for bad in (rows[0][:len(rows[0])//2], b'\x00\xff garbage', b'7', b'[]', b'{"name": "x"}', rows[0].replace(b'"bytes"', b'"bites"'),
+                rows[0].replace(b'"px": [', b'"px": [0, ')):
+        (out/'pseudo.jsonl').write_bytes(b'\n'.join([bad,*rows[1:]])); assert again()==1 and same(), bad
+    (out/'pseudo.jsonl').write_bytes(whole['pseudo.jsonl'][:-20]); assert again()==1 and same()     # the last line torn, without its end
+    (out/'pseudo.jsonl').unlink(); assert again()==3 and same()
+    other = json.loads(rows[1]) | dict(name=json.loads(rows[0])['name'])                          # a row that tells another image's files
+    (out/'pseudo.jsonl').write_bytes(b'\n'.join([json.dumps(other).encode(),*rows[1:]])); assert again()==1 and same()
+
+def test_only_finished_images_count(town, tmp_path):
+    out = go(Net(11), town, tmp_path/'out', CAMVID11)
+    (out/[f for f in files(out) if f.startswith('gtFine')][0]).write_bytes(b'x')
+    assert pseudo_stats(out).images['all']==2
+    (out/'pseudo.jsonl').write_text('')
+    with pytest.raises(ValueError, match='no pseudo-label is finished'): pseudo_stats(out)
+
+def test_other_settings_are_refused(town, tmp_path):
+    net,out = Net(11),tmp_path/'out'
+    go(net, town, out, CAMVID11, .4)
+    before = {f: (out/f).stat().st_mtime_ns for f in files(out)}
+    for kw,why in ((dict(threshold=.5),"threshold {.*0.4.*then, {.*0.5.*now"), (dict(threshold=.4, confidence=True),'confidence False then, True now'),
+                   (dict(threshold=.4, mode='slide', crop=32),'mode whole then, slide now, crop None then, 32 now'),
+                   (dict(threshold=.4, tfm=partial(fit, size=(24,48))),'tfm None then')):
+        with pytest.raises(ValueError, match=f'made differently .{why}'): go(net, town, out, CAMVID11, **kw)
+    with pytest.raises(ValueError, match='weights .{8} then'): go(Net(11, 1), town, out, CAMVID11, .4)
+    go(net, town, out, CAMVID11, dict.fromkeys(CAMVID11.classes, .4))                             # the same thresholds, said otherwise
+    assert {f: (out/f).stat().st_mtime_ns for f in files(out)}==before
+    (out/'pseudo.json').write_text('{"weights": ')
+    with pytest.raises(ValueError, match='pseudo.json: damaged'): go(net, town, out, CAMVID11, .4)
+
+def test_nothing_foreign_is_overwritten(town, tmp_path):
+    net,mine = Net(11),tmp_path/'out'/'gtFine'/'train'/f'{town.key(1)}_gtFine_labelTrainIds.png'
+    mine.parent.mkdir(parents=True); mine.write_bytes(b'drawn by hand')
+    with pytest.raises(FileExistsError, match='was not written by export_pseudo'): go(net, town, tmp_path/'out', CAMVID11)
+    for inside in ('camvid','camvid/leftImg8bit/auto'):
+        with pytest.raises(ValueError, match='lies in the dataset camvid itself'): go(net, town, tmp_path/inside, CAMVID11)
+    assert mine.read_bytes()==b'drawn by hand' and len(files(tmp_path/'out'))==1 and net.calls==0
+
+def test_twins_are_refused(tmp_path):
+    spec = own_dataset('mine', dict(images=['pics/*.jpg','pics/*.png'], space='zerowaste5'))
+    (tmp_path/'mine'/'pics').mkdir(parents=True)
+    for e in ('jpg','png'): Image.new('RGB', (16,16)).save(tmp_path/'mine'/'pics'/f'a.{e}')
+    with pytest.raises(ValueError, match='a.jpg and pics/a.png would both be labelled by'):
+        go(Net(5), SegFolder(spec, tmp_path, labels=False), tmp_path/'out', ZEROWASTE5)
+
+def test_networks_that_do_not_fit(town, tmp_path):
+    name = town.names[0]
+    with pytest.raises(ValueError, match=f'{name}: the network tells 5 classes apart, camvid11 has 11'): go(Net(5), town, tmp_path/'a', CAMVID11)
+    net = Net(11); net.conv.bias.data[3] = torch.nan
+    for k,mode in enumerate(('whole', partial(tta, ratios=(1.,)))):
+        with pytest.raises(FloatingPointError, match=name): go(net, town, tmp_path/f'nan{k}', CAMVID11, mode=mode)
+        assert files(tmp_path/f'nan{k}')==['pseudo.json','pseudo.jsonl'] and not read_rows(tmp_path/f'nan{k}')
+
+def test_descriptions_that_do_not_fit(town, tmp_path):
+    out = go(Net(11), town, tmp_path/'out', CAMVID11)
+    with pytest.raises(ValueError, match='have the dataset camvid, asked for is cityscapes'): pseudo_spec(CITYSCAPES, out, CAMVID11)
+    with pytest.raises(ValueError, match='have the classes'): pseudo_spec(CAMVID, out, ZEROWASTE5)
+    with pytest.raises(FileNotFoundError, match='no pseudo.json; write them with'): pseudo_spec(CAMVID, tmp_path, CAMVID11)
+    (out/[f for f in files(out) if f.startswith('gtFine')][0]).unlink()
+    with pytest.raises(ValueError, match='1 of 3 images .* have no label'): SegFolder(pseudo_spec(CAMVID, out, CAMVID11), tmp_path, space=CAMVID11)
+
+# ---- killed
+SCRIPT = '''
+import sys, time, torch
+from torch import nn
+from udanb.catalog import CAMVID
+from udanb.core import Out, seed_all
+from udanb.datasets import SegFolder
+from udanb.labels import CAMVID11
+from udanb.pseudo import export_pseudo
+class Slow(nn.Module):
+    def __init__(self):
+        super().__init__()
+        seed_all(0)
+        self.conv = nn.Conv2d(3, 11, 4, stride=4)
+        self.conv.weight.data *= 3
+    def forward(self, img): time.sleep(.03); return Out(self.conv(img))
+f = SegFolder(CAMVID, sys.argv[1], 'train', space=CAMVID11, labels=False)
+export_pseudo(Slow(), f, sys.argv[2], CAMVID11, .4, confidence=True, quiet=True)
+'''
+def test_a_killed_export_goes_on(tmp_path):
+    "SIGKILL in the middle, twice; what is finished is not done again, and in the end all is as in one go"
+    n = 60
+    f = tree(CAMVID, tmp_path/'data', 'train', CAMVID11, n)
+    env = os.environ | dict(OMP_NUM_THREADS='1')
+    begin = lambda: subprocess.Popen([sys.executable, '-c', SCRIPT, tmp_path/'data', tmp_path/'out'], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+    for stop in (8, 25):
+        p,t0 = begin(),time.time()
+        while len(read_rows(tmp_path/'out'))<stop:
+            assert p.poll() is None and time.time()-t0<120, p.stderr.read() if p.poll() is not None else 'too slow'
+            time.sleep(.005)
+        p.send_signal(signal.SIGKILL); p.wait()
+        done = len(read_rows(tmp_path/'out'))
+        assert stop<=done<n
+        for r in read_rows(tmp_path/'out').values():                                                 # a row never comes before its files
+            for name,size in r['bytes'].items(): assert (tmp_path/'out'/name).stat().st_size==size and read_ids(tmp_path/'out'/name).shape==(48,96)
+    net = Net(11)
+    go(net, f, tmp_path/'out', CAMVID11, .4, confidence=True)
+    assert net.calls==n-done
+    once = export_pseudo(Net(11), f, tmp_path/'once', CAMVID11, .4, confidence=True, quiet=True)
+    seen = [x for x in files(tmp_path/'out') if '/.' not in x]                                       # a killed process may leave a hidden, half-written part
+    assert seen==files(once) and all((once/x).read_bytes()==(tmp_path/'out'/x).read_bytes() for x in seen)
+
+def test_a_full_disk(town, tmp_path):
+    "A real disk of 64 KiB fills up: the export stops with the system's error, nothing half-written counts, and it goes on when there is room"
+    disk = tmp_path/'disk'; disk.mkdir()
+    mount = lambda *a: subprocess.run(['mount', '-t', 'tmpfs', *a, 'tmpfs', disk], capture_output=True).returncode
+    if os.geteuid() or mount('-o', 'size=64k'): pytest.skip('mounting a tmpfs needs root')
+    try:
+        f = tree(CAMVID, tmp_path, 'train', CAMVID11, 24)
+        with pytest.raises(OSError) as e: go(Net(11), f, disk/'out', CAMVID11, confidence=True)
+        assert e.value.errno==errno.ENOSPC
+        rows = read_rows(disk/'out')
+        assert 0<len(rows)<24 and not list((disk/'out').rglob('.*part*'))
+        for r in rows.values():
+            for x,size in r['bytes'].items(): assert (disk/'out'/x).stat().st_size==size and read_ids(disk/'out'/x).shape==(48,96)
+        assert mount('-o', 'remount,size=4m')==0
+        net = Net(11)
+        out = go(net, f, disk/'out', CAMVID11, confidence=True)
+        once = go(Net(11), f, tmp_path/'once', CAMVID11, confidence=True)
+        assert net.calls==24-len(rows) and files(out)==files(once) and all((out/x).read_bytes()==(once/x).read_bytes() for x in files(once))
+    finally: subprocess.run(['umount', disk])
+
+# ---- the run notebook
+PAGE = ROOT/'nbs'/'pseudo_label.ipynb'
+CELLS = [c for c in json.loads(PAGE.read_text(encoding='utf-8'))['cells'] if c['cell_type']=='code']
+
+def notebook(**params):
+    "Run the notebook's cells here, as papermill would with these parameters; what they leave behind"
+    space = {'In':[''], 'display':lambda *a: None}
+    for c in CELLS:
+        src = ''.join(c['source'])
+        if src.startswith('#| hide'): continue                            # the smoke size of an empty call
+        for s in [src]+['# Parameters\n'+'\n'.join(f'{k} = {v!r}' for k,v in params.items())]*('parameters' in c['metadata'].get('tags', [])):
+            space['In'].append(s); exec(compile(s, PAGE.name, 'exec'), space)
+    return space
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    "A run's folder with an untrained network, and the demo it was trained on"
+    root = tmp_path_factory.mktemp('run')
+    seed_all(0)
+    r,net = make_recipe('dacs', 'demo', over=dict(backbone='mit_b0', weights=None, dim=16, fit=(32,64))),segmentor('mit_b0', 19, dim=16)
+    write_json(root/'run'/'recipe.json', identity(r))
+    save_weights(root/'run'/'model.safetensors', net, dict(recipe=identity(r), classes=CITYSCAPES19.classes))
+    write_demo(root/'data'/'demo', n_source=1, n_target=3, n_val=2, size=(64,128), quiet=True)
+    return root
+
+def test_notebook_from_the_shell_with_nothing_given(tmp_path):
+    env = {k: v for k,v in os.environ.items() if k!='MPLBACKEND'} | dict(IN_TEST='1', OMP_NUM_THREADS='1')
+    p = subprocess.run([sys.executable, '-m', 'papermill', '--no-progress-bar', PAGE, tmp_path/'x.ipynb', '-p', 'out', tmp_path/'out'],
+                       cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
+    assert p.returncode==0, p.stderr[-3000:]
+    got = files(tmp_path/'out')
+    assert {'pseudo.json','pseudo.jsonl','stats.csv','figures/shares.png','figures/labels.png'}<=set(got)
+    assert sum(g.startswith('gtFine/train') for g in got)==2==sum(g.startswith('confidence') for g in got)
+    assert sum('image/png' in o.get('data', {}) for c in json.loads((tmp_path/'x.ipynb').read_text())['cells'] for o in c.get('outputs', []))==2
+
+def test_notebook_writes_what_the_function_writes(run, tmp_path):
+    "Plain and with two views, split val; a soup's file is as good as a run; statistics are those of the page"
+    kw = dict(run=str(run/'run'), data_root=str(run/'data'), split='val')
+    a = notebook(**kw, threshold=dict(sky=.06), out=str(tmp_path/'a'))
+    f = SegFolder(DATASETS['demo_target'], run/'data', 'val', labels=False)
+    want = go(a['net'], f, tmp_path/'want', CITYSCAPES19, dict(sky=.06), tfm=partial(fit, size=(32,64)))
+    labels = [x for x in files(want) if x.endswith('.png')]
+    assert len(labels)==2 and all((want/x).read_bytes()==(tmp_path/'a'/x).read_bytes() for x in labels) and read_stamp(want)==read_stamp(tmp_path/'a')
+    stats = pd.read_csv(tmp_path/'a'/'stats.csv')
+    np.testing.assert_allclose(stats.coverage, pseudo_stats(want).coverage, atol=1e-3)
+    (tmp_path/'soup').mkdir(); shutil.copy(run/'run'/'model.safetensors', tmp_path/'soup'/'uniform.safetensors')
+    b = notebook(**kw | dict(run=str(tmp_path/'soup')), threshold=None, ratios=[.5,1.], flip=True, limit=1, out=str(tmp_path/'b'))
+    px = f.image(0)
+    got = tta(b['net'], normalize(px)[None], (.5,1.), True, size=(32,64))[0].argmax(0).numpy()
+    assert (read_ids(tmp_path/'b'/labels[0])==got).all() and len(read_rows(tmp_path/'b'))==1
+
+def test_notebook_names_bad_input(run, tmp_path):
+    def fails(kind, match, **kw):
+        with pytest.raises(kind, match=match): notebook(**dict(run=str(run/'run'), data_root=str(run/'data'), out=str(tmp_path/'out')) | kw)
+    fails(ValueError, "did you mean 'threshold'", treshold=.9)
+    fails(ValueError, 'threshold of road is 9', threshold=9)
+    fails(ValueError, "did you mean 'train'", split='trian')
+    fails(ValueError, 'crop None: give', mode='slide')
+    fails(FileNotFoundError, 'nowhere: there is no such run', run=str(tmp_path/'nowhere'))
+    (tmp_path/'empty').mkdir()
+    fails(FileNotFoundError, 'holds 0 .safetensors files', run=str(tmp_path/'empty'))
+    save_weights(tmp_path/'bare.safetensors', Net(3))
+    fails(ValueError, 'bare.safetensors does not say which recipe', run=str(tmp_path/'bare.safetensors'))
+    assert not (tmp_path/'out').exists()
