@@ -1,5 +1,5 @@
 "Real processes: killed and resumed, misspelt, started from other folders; and what a run refuses"
-import json, os, signal, subprocess, sys, time
+import json, os, re, signal, subprocess, sys, time
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, pytest, torch, yaml
@@ -209,21 +209,108 @@ def test_parity_recipe_steps(data, tmp_path):
     log = t.fit()
     assert t.teacher.rows==(2,15) and 0<=log[-1]['q']<=1              # 15 and 120 of 512 rows
 
-@pytest.mark.parametrize('f', sorted((ROOT/'params').glob('*.yaml')), ids=lambda f: f.stem)
-def test_every_params_file_is_a_recipe_that_steps(f, data, tmp_path):
-    p = yaml.safe_load(f.read_text())
+COMMAND = re.compile(r'^# Command: papermill nbs/(\w+)\.ipynb outputs/\w+\.ipynb -f params/(\w+)\.yaml', re.M)
+PARAMS = {f.stem: COMMAND.search(f.read_text()) for f in sorted((ROOT/'params').glob('*.yaml'))}     # name -> its command: notebook, file
+def of(*pages): return [n for n,m in PARAMS.items() if m and m[1] in pages]
+def params(name): return yaml.safe_load((ROOT/'params'/f'{name}.yaml').read_text())
+
+@pytest.mark.parametrize('name', PARAMS)
+def test_every_params_file_says_how_to_run_it(name):
+    "Its first comment holds a command that names this very file and a notebook with tests below, what it needs and what to expect"
+    text = (ROOT/'params'/f'{name}.yaml').read_text()
+    assert PARAMS[name] and PARAMS[name][2]==name and name in of('train_uda','ddb','visda22')
+    assert re.findall(r'^# (Command|Needs|Expect): ', text[:text.index('\nsource:')], re.M)==['Command','Needs','Expect']
+
+def trees(pair, data, root):
+    "The very datasets of a pair, in their own layouts"
+    for s in {s.name: s for s in (*pair.sources,*pair.targets)}.values():
+        if not s.folder.startswith('demo/'): fake_tree(s, root, size=(64,132))
+    os.symlink(data/'demo', root/'demo')
+
+@pytest.mark.parametrize('name', of('train_uda'))
+def test_every_params_file_is_a_recipe_that_steps(name, data, tmp_path):
+    p = params(name)
     known = {'source','target','recipe','backbone','steps','seed','data_root','datasets','skip_broken','out','over'}
-    assert set(p)<=known, f'{f.name}: {set(p)-known}'
-    assert '# Command:' in f.read_text()
-    asked = lambda over: make_recipe(p.get('recipe','daformer'), p['source'], p.get('target'), over, **{k: p.get(k) for k in ('backbone','steps','seed','datasets')})
+    assert set(p)<=known, f'{name}: {set(p)-known}'
+    named = {k: p.get(k) for k in ('backbone','steps','seed','datasets')}
+    asked = lambda over: make_recipe(p.get('recipe','daformer'), p['source'], p.get('target'), over, **named)
     r = asked(p.get('over', {}))
     pair = pair_of(r)
-    for s in {s.name: s for s in (*pair.sources,*pair.targets)}.values():          # the very datasets it names, in their own layouts
-        if not s.folder.startswith('demo/'): fake_tree(s, tmp_path, size=(64,132))
-    os.symlink(data/'demo', tmp_path/'demo')
+    trees(pair, data, tmp_path)
     small = asked(p.get('over', {}) | TINY | dict(fit=(64,128), limit=None, eval_every=0))
     m = read_json(run(small, tmp_path, tmp_path/'r', quiet=True)/'metrics.json')
     assert run_name(r) and m['steps']==2 and set(m['targets'].get('student', {}))==({t.name for t in pair.targets} if len(pair.targets)>1 else set())
+
+def chain(name, to=None, **tiny):
+    "What a params file's notebook leaves behind: its cells run here as papermill would, `tiny` instead of what the file says; up to the cell with `to`"
+    given = params(name)
+    given |= tiny | dict(over=given.get('over', {}) | tiny.get('over', {}))
+    space,page = {'In':['']},ROOT/'nbs'/f'{PARAMS[name][1]}.ipynb'
+    for c in json.loads(page.read_text(encoding='utf-8'))['cells']:
+        src = ''.join(c['source'])
+        if c['cell_type']!='code' or src.startswith('#| hide'): continue                    # hidden: the smoke size of an empty call
+        for s in [src]+['# Parameters\n'+'\n'.join(f'{k} = {v!r}' for k,v in given.items())]*('parameters' in c['metadata'].get('tags', [])):
+            space['In'].append(s); exec(compile(s, page.name, 'exec'), space)
+        if to and to in src: return space
+    assert not to, f'{page.name} has no cell with {to}'
+    return space
+
+def fields_of(r, want): return {k: getattr(r,k) for k in want}
+DDB = dict(backbone='resnet101_os8', weights='imagenet', head='dlv2_adapter', steps=40_000, batch=4, crop=(512,512), scale=1., lr=6e-5, head_mult=10., wd=.01,
+           warmup=1500, power=1., alpha=.99, tau=.968, fd=0., rcs=False, margins='none', blur=0., source_weights=None, parity=False, seed=0)   # spec 2.10
+TOWN_SIZE = dict(backbone='tf_efficientnet_lite0', head='daformer', dim=64, steps=600, batch=2, fit=(240,320), crop=(192,256), lr=3e-4, warmup=50)
+
+@pytest.mark.parametrize('name', of('ddb'))
+def test_ddb_params_ask_for_the_published_trainings(name):
+    s = chain(name, 'check_parameters(')
+    rs = s['cut'],s['cls'],s['pupil']
+    src = ('gta','synscapes') if 'synscapes' in name else name.split('_')[0]
+    tgt = ('cityscapes','mapillary') if 'mapillary' in name else 'camvid' if 'town' in name else 'cityscapes'
+    want = (TOWN_SIZE if 'town' in name else DDB) | dict(source=src, target=tgt)
+    for r in rs: assert fields_of(r, want)==want
+    assert [(r.method,r.augment,r.init,r.plus) for r in rs]==[('ddb_cut','none',None,()), ('ddb_class','none',None,()), ('distill','photometric',None,())]
+    assert (s['rounds'],s['lr_factor'],s['soft'],s['prototypes'],s['given'])==(2,.1,False,True,{})
+
+@pytest.mark.parametrize('name', of('visda22'))
+def test_visda22_params_ask_for_the_winners_trainings(name):
+    s = chain(name, 'check_parameters(')
+    p = params('zerowaste' if 'zerowaste' in name else 'town_daformer')
+    alone = make_recipe(p['recipe'], p['source'], p['target'], p.get('over', {}) | dict(before=False), backbone=p.get('backbone'), seed=s['seed'])
+    assert s['adapt']==alone                                                                # the first stage is the run of that file
+    want = dict(method='selftrain', plus=(), args={}, fd=0., rcs=False, steps=alone.steps//4)
+    assert s['again']==replace(alone, **want) and (s['again'].warmup,s['again'].lr)==((1500,6e-5) if 'zerowaste' in name else (50,3e-4))
+    assert list(s['kinds'])==['photometric','noise','grid'] and s['threshold']==.9
+    assert (s['split'],s['predict_split'],s['seed'])==(('test','test',1) if 'zerowaste' in name else ('train',None,0))
+
+def test_params_of_ddb_through_their_notebook(data, tmp_path):
+    "Two targets, two rounds, one step each: the second round begins with the first one's student at a tenth of the rate, its own student does not"
+    name,tiny = 'gta_cityscapes_mapillary_ddb',TINY | dict(fit=(64,128), eval_every=0)
+    trees(pair_of(chain(name, 'check_parameters(')['cut']), data, tmp_path)
+    s = chain(name, over={k:v for k,v in tiny.items() if k!='steps'}, steps=1, data_root=str(tmp_path), out=str(tmp_path/'chain'))
+    told = {k: read_json(f/'recipe.json') for k,f in s['stages'].items() if 'fusion' not in k}
+    assert list(s['stages'])==[f'{what} {k}' for k in (1,2) for what in ('cut','class','fusion','student')] and len(s['pipe'].table())==12
+    assert {k: r['lr'] for k,r in told.items()}==pytest.approx({k: 6e-6 if k in ('cut 2','class 2') else 6e-5 for k in told})
+    assert {k for k,r in told.items() if r['init']}=={'cut 2','class 2'} and told['cut 2']['init']==str(s['stages']['student 1']/'model.safetensors')
+    for k,f in s['stages'].items(): assert set(next(iter(s['pipe'].results(f)['targets'].values())))=={'cityscapes','mapillary'}, k
+    assert list(s['each'])==list(s['stages']) and s['table'].loc['mIoU'].notna().all() and (tmp_path/'chain'/'iou.csv').exists()
+
+def test_params_of_visda22_through_their_notebook(data, tmp_path):
+    "v1 is learned, v2's test images are labelled, trained on and predicted, and its val scores every stage"
+    name,tiny = 'zerowaste_visda22',TINY | dict(fit=(64,128), eval_every=0)
+    trees(pair_of(chain(name, 'check_parameters(')['adapt']), data, tmp_path)
+    s = chain(name, over={k:v for k,v in tiny.items() if k!='steps'} | dict(ch=24), steps=2, self_steps=1, threshold=.2,
+              data_root=str(tmp_path), out=str(tmp_path/'chain'))
+    assert list(s['stages'])==['adapted','photometric','noise','grid','soup'] and s['summary'].notna().all(axis=None)
+    names = lambda d: sorted(f.name for f in Path(d).rglob('*.png'))
+    test = ['000901.png','000902.png']
+    assert names(s['labels']/'test')==test and names(tmp_path/'zerowaste-v2-splits'/'test'/'data')==test
+    done = s['pipe'].table().stage.tolist()
+    assert done==['adapt','labels','self-photometric','self-noise','self-grid','soup','predictions']
+    [folder] = (tmp_path/'chain').glob('predictions-*')
+    for kind in ('label','color'): assert names(folder/'zerowaste_v2'/kind)==test
+    for k in ('photometric','noise','grid'):
+        r = read_json(s['stages'][k]/'recipe.json')
+        assert (r['method'],r['augment'],r['steps'],r['ch'])==('selftrain',k,1,24) and r['init']==str(s['stages']['adapted']/'model.safetensors')
 
 # ---- the run notebook
 

@@ -60,7 +60,7 @@ def detail_at(
 # %% ../../nbs/53_cluda.ipynb #dd490d42
 def log_share(
     s:Tensor,    # (r,N) similarities
-    neg:Tensor,  # (r,N) bool, the negatives
+    neg:Tensor,  # (r,N) weights of the negatives, 0 = none
 )->Tensor: # (r,N)
     "ℓ: how much of the mass of itself and the negatives each cell has"
     e = s.exp()
@@ -80,13 +80,13 @@ def contrast_rows(
     "Sum over these anchors of their mean loss over positives"
     ok = torch.ones_like(lbl, dtype=torch.bool) if parity else lbl!=IGNORE
     same = lbl[rows,None]==lbl
-    other,pos = ~same & ok,same & ok[rows,None] & ok
+    other,pos = (~same & ok)*(1. if parity else trust),same & ok[rows,None] & ok
     pos[:,rows].fill_diagonal_(False)
     ell = log_share(low[rows]@low.T, other)
     if high is not None:
         W = w[rows,None]*w
         W = W*(inside & (lbl!=0))[rows,None] if parity else torch.where(inside[rows,None] & inside, W, 1.)
-        ell = W*ell+(1-W)*log_share(low[rows]@high.T, other if parity else other & inside)
+        ell = W*ell+(1-W)*log_share(low[rows]@high.T, other if parity else other*inside)
     return -((ell*pos*trust).sum(1)*trust[rows]/pos.sum(1).clamp(min=1)).sum()
 
 # %% ../../nbs/53_cluda.ipynb #b92534ad
@@ -178,11 +178,11 @@ def cells(self:Contrast, out, x,
     flat = lambda m: m.movedim(1, -1).flatten(0, 2)
     trust = x.lbl.new_ones(x.lbl.shape).float() if x.wgt is None else x.wgt
     known = labels_at(x.lbl, g, self.parity).flatten(),flat(at_points(trust[:,None], g))[:,0]
-    low,high,inside = F.normalize(flat(at_points(out.fused, g)), dim=1),None,None
+    low,high,inside = F.normalize(flat(at_points(out.fused, g)), dim=1, eps=1e-4),None,None
     if weights is None: return low,None,None,*known,None
     if 'detail_fused' not in out.aux: raise ValueError(f"criterion '{self.name}': there is no detail in this output; is the network an HRDA in training mode?")
     high,inside = detail_at(out.aux['detail_fused'], out.aux['box'], size, g)
-    return low,F.normalize(flat(high), dim=1),flat(at_points(weights, g))[:,0],*known,inside.flatten()
+    return low,F.normalize(flat(high), dim=1, eps=1e-4),flat(at_points(weights, g))[:,0],*known,inside.flatten()
 
 # %% ../../nbs/53_cluda.ipynb #8f63b8d3
 @torch.no_grad()
@@ -223,7 +223,7 @@ class Aimed(nn.Module):
 def cluda(
     method:Method,   # with passes named 'source' and 'mixed', such as `daformer(net, …)`
     net,             # the student, plain or an HRDA
-    w:float=1.,      # weight of the contrast
+    w:float=None,    # weight of the contrast; None = 1 on an HRDA, as published, and .1 on a plain network
     stride=16,       # pixels per cell
     chunk=512,       # rows of the similarity matrices at a time
     dim=256,         # embedding of the weighting head
@@ -235,7 +235,7 @@ def cluda(
     if not {'source','mixed'}<=set(passes):
         raise ValueError(f"cluda adds to passes 'source' and 'mixed', but this method has {', '.join(passes)}; start from daformer or dacs")
     two = hasattr(net, 'scale_attention')                     # an HRDA
-    crit = Contrast(Weigher(net.backbone.channels, dim) if two else None, w, stride, chunk, parity)
+    crit = Contrast(Weigher(net.backbone.channels, dim) if two else None, (1. if two else .1) if w is None else w, stride, chunk, parity)
     for k in ('source','mixed'): passes[k].crits.append(crit)
     if two and after is not None: passes['mixed'].view = Aimed(passes['mixed'].view, net, after)
     return method

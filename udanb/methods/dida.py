@@ -221,14 +221,14 @@ class InstanceLoss(nn.Module):
     "Mixed pass: the student's profile should be the teacher's, corrected by its class probabilities"
     name = 'instance'
     def __init__(self, bank:InstanceBank,
-        w=.5, tau=.1, parity=False, # λ; temperature of both profiles; the released arithmetic, see below
+        w=.2, tau=.1, parity=False, # λ; temperature of both profiles; the released arithmetic, see below
     ):
         super().__init__()
         self.bank,self.w,self.tau,self.parity = bank,w,tau,parity
 
-    def weights(self, x, step, logp): # both (B,h,w): trust of each cell, its share of target pixels
+    def weights(self, x, step, logp): # both (B,h,w): trust of each cell's target pixels, its share of labelled pixels
         own,size,known = target_pixels(x, step).float(),logp.shape[-2:],(logp.exp()*self.bank.present()[:,None,None]).sum(1)
-        return known*F.adaptive_avg_pool2d(own*x.wgt, size), F.adaptive_avg_pool2d(own, size)
+        return known*F.adaptive_avg_pool2d(own*x.wgt, size), F.adaptive_avg_pool2d((x.lbl!=IGNORE).float(), size)
 
     def forward(self, out, x, step)->Tensor: # scalar, 0 while the bank is empty
         if self.parity: return self.published(out, step)
@@ -236,9 +236,9 @@ class InstanceLoss(nn.Module):
         with torch.no_grad():
             logp = upsample(step.teach.logits, size).log_softmax(1)
             goal = unfold(b.sims(upsample(step.teach.fused, size), self.tau), logp, b.label)
-            wgt,own = self.weights(x, step, logp)
+            wgt,labelled = self.weights(x, step, logp)
         loss = -(goal*b.sims(out.fused, self.tau).log_softmax(1)).sum(1)
-        return b.fill()*(loss*wgt).sum()/own.sum().clamp(min=1)
+        return b.fill()*(loss*wgt).sum()/labelled.sum().clamp(min=1)
 
 # %% ../../nbs/54_dida.ipynb #268b4fca
 @patch
@@ -282,7 +282,7 @@ def dida(
     method:Method,  # with passes 'source' and 'mixed': `dacs`, `daformer`
     net, n_classes:int, # the student
     ch=None,        # width of its `Out.fused`; None = its head's `ch`
-    lam=.5,         # weight of the instance loss
+    lam=None,       # weight of the instance loss; None = .2, published .5
     rows=16,        # of the bank, per class
     tau=.1,         # temperature
     alpha=1.,       # the teacher's share in the pseudo-labels; 1 = its alone, as in all published runs
@@ -300,6 +300,6 @@ def dida(
     if bank is not None: load_bank(b, bank)
     tau = None if parity else tau
     passes['source'].crits.extend([Remember(b, every, edge, tau, parity), Noted(b, 0, 'bank_entropy')])
-    passes['mixed'].crits.append(InstanceLoss(b, lam, tau, parity))
+    passes['mixed'].crits.append(InstanceLoss(b, (.5 if parity else .2) if lam is None else lam, tau, parity))
     if alpha<1: passes['mixed'].view = Calibrated(passes['mixed'].view, b, alpha, tau, parity)
     return method
