@@ -231,6 +231,50 @@ def test_folder_is_not_finished_by_its_colours(tmp_path, net):
     predict_folder(net, tmp_path/'in', out, SPACE, quiet=True)
     assert Image.open(out/'color'/'a.png').size==Image.open(out/'label'/'a.png').size==(56,40)
 
+@pytest.mark.parametrize('kind', ['label','color'])
+def test_folder_with_a_missing_file(tmp_path, net, kind):
+    "A label without colours is as unfinished as colours without a label; only that image is predicted again"
+    for i in range(3): photo(tmp_path/'in'/f'{i}.png', i)
+    out = predict_folder(net, tmp_path/'in', tmp_path/'out', SPACE, quiet=True)
+    files = {p: p.read_bytes() for p in out.rglob('*') if p.is_file()}
+    (out/kind/'1.png').unlink(); net.shapes.clear()
+    predict_folder(net, tmp_path/'in', out, SPACE, quiet=True)
+    assert len(net.shapes)==1 and files=={p: p.read_bytes() for p in out.rglob('*') if p.is_file()}
+
+def test_folder_leaves_out_what_cannot_be_read(tmp_path, net):
+    "One cut, one a folder of that name: named with reasons that do not depend on the place, made when they are whole again"
+    for i in range(4): photo(tmp_path/'in'/'day'/f'{i}.png', i)
+    bad,whole_file = tmp_path/'in'/'day'/'1.png',(tmp_path/'in'/'day'/'1.png').read_bytes()
+    bad.write_bytes(whole_file[:200])
+    (tmp_path/'in'/'day'/'x.png').mkdir()
+    go = lambda k,**kw: predict_folder(net, tmp_path/'in', tmp_path/k, SPACE, quiet=True, **kw)
+    with pytest.raises(ValueError, match='1.png: broken image file'): go('out')
+    with pytest.warns(UserWarning, match='2 of 5 images .* left out .skip_broken.: day/1.png, day/x.png'): out = go('out', skip_broken=True)
+    told = read_json(out/'predict.json')['skipped']
+    assert list(told)==['day/1.png','day/x.png'] and told['day/1.png'].startswith('day/1.png: broken image file') and str(tmp_path) not in str(told)
+    assert sorted(p.name for p in (out/'label'/'day').iterdir())==['0.png','2.png','3.png']==sorted(p.name for p in (out/'color'/'day').iterdir())
+    with pytest.raises(ValueError, match='1.png: broken'): go('out')                        # what was left out once is not forgotten
+    bad.write_bytes(whole_file); (tmp_path/'in'/'day'/'x.png').rmdir()
+    go('out'); go('once')
+    assert {p.relative_to(out): p.read_bytes() for p in out.rglob('*.*')}=={p.relative_to(tmp_path/'once'): p.read_bytes() for p in (tmp_path/'once').rglob('*.*')}
+    for p in (tmp_path/'in').rglob('*.png'): p.write_bytes(b'')
+    with pytest.raises(ValueError, match='none of 4 images can be read; the first: .*0.png'): go('none', skip_broken=True)
+
+def test_only_reading_is_forgiven(tmp_path, net):
+    "An error in the network or the resize is not the image's"
+    photo(tmp_path/'in'/'a.png'); photo(tmp_path/'in'/'b.png')
+    def bad(px): raise ValueError('resize')
+    with pytest.raises(ValueError, match='resize'): predict_folder(net, tmp_path/'in', tmp_path/'out', SPACE, tfm=bad, quiet=True, skip_broken=True)
+    net.conv.bias.data[0] = torch.nan
+    with pytest.raises(FloatingPointError): predict_folder(net, tmp_path/'in', tmp_path/'out2', SPACE, quiet=True, skip_broken=True)
+
+def test_folder_with_a_damaged_record(tmp_path, net):
+    photo(tmp_path/'in'/'a.png')
+    out = predict_folder(net, tmp_path/'in', tmp_path/'out', SPACE, quiet=True)
+    for text in ('{"weights": ', '[1]', ''):
+        (out/'predict.json').write_text(text)
+        with pytest.raises(ValueError, match='predict.json: damaged .* delete .*out and predict again'): predict_folder(net, tmp_path/'in', out, SPACE, quiet=True)
+
 def test_folder_inside_its_images(tmp_path, net):
     photo(tmp_path/'a.png')
     for _ in range(2): predict_folder(net, tmp_path, tmp_path, SPACE, quiet=True)
@@ -246,6 +290,8 @@ def test_folder_of_another_network_or_owner(tmp_path, net):
     kept = mine.read_bytes()
     with pytest.raises(FileExistsError, match='was not written by predict_folder'): predict_folder(net, tmp_path/'in', tmp_path/'gta', SPACE, quiet=True)
     assert mine.read_bytes()==kept and (out/'label'/'a.png').read_bytes()==old
+    mine.unlink(); photo(tmp_path/'gta'/'color'/'a.png', 5)                                  # colours of others are as safe as labels
+    with pytest.raises(FileExistsError, match='color/a.png is there'): predict_folder(net, tmp_path/'in', tmp_path/'gta', SPACE, quiet=True)
 
 def test_folder_errors(tmp_path, net):
     with pytest.raises(FileNotFoundError, match='nowhere is not a folder'): predict_folder(net, tmp_path/'nowhere', tmp_path/'out', SPACE, quiet=True)

@@ -2,12 +2,19 @@
 import errno, json, multiprocessing, os, shutil, signal, subprocess, time
 from pathlib import Path
 import pytest
+from torch import nn
 from udanb.backbones import backbone
-from udanb.core import atomic_write, read_json, seed_all
+from udanb.catalog import DATASETS
+from udanb.core import Out, atomic_write, read_json, seed_all
+from udanb.datasets import SegFolder
 from udanb.demo import write_demo
-from udanb.pipeline import STAMP, Pipeline, damaged, outputs, read_stamp
+from udanb.infer import predict_folder
+from udanb.labels import CITYSCAPES19
+from udanb.pipeline import LOST, STAMP, Pipeline, damaged, fingerprint, outputs, read_stamp
+from udanb.pseudo import export_pseudo, pseudo_spec
 from udanb.recipes import make_recipe
-from udanb.runs import load_run
+from udanb.runs import load_run, taken
+from udanb.stats import class_stats
 from udanb.train import Trainer
 from udanb.weights import load_weights, save_weights
 
@@ -172,6 +179,172 @@ def test_damage_is_mended_and_nothing_else_done(case, data, made, ready_made):
     assert sound(made) and names(made)==names(ready_made)                             # the next stages were found: the bytes are the same
     assert pipe.table().miou.notna().tolist()==[False,True,False] and pipe.results(b)['steps']==4 and load_run(b)
     assert Pipeline(made, True).stage('encoder', None, dict(seed=1)).is_dir()         # `None` cannot be called: nothing is
+
+# ---- nothing is stamped with a hole
+
+class Colours(nn.Module):
+    "Counts its forwards"
+    def __init__(self):
+        super().__init__()
+        seed_all(0)
+        self.conv,self.calls = nn.Conv2d(3, 19, 4, stride=4),0
+    def forward(self, img): self.calls += 1; return Out(self.conv(img))
+
+def answers(data, out):
+    "A stage of two folders of predictions, and one of pseudo-labels; how many images the network was asked for"
+    net,folder = Colours(),SegFolder(DATASETS['demo_target'], data, 'train', labels=False)
+    def predict(f):
+        for n in ('a','b'): predict_folder(net, folder, f/n, CITYSCAPES19, quiet=True)
+    pipe = Pipeline(out, True)
+    p = pipe.stage('predict', predict)
+    q = pipe.stage('pseudo', lambda f: export_pseudo(net, folder, f, CITYSCAPES19, .05, confidence=True, quiet=True) and None)
+    return pipe,p,q,net.calls
+
+@pytest.fixture(scope='module')
+def answered(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp('answers')/'chain'
+    assert answers(data, out)[3]==12
+    return out
+
+# stage, what is done to the first file of that name, how many images are asked for again (of four in each folder)
+HOLES = dict(cut_colour=('predict', [('cut','a/color/**/*.png')], 1), no_colour=('predict', [('no','b/color/**/*.png')], 1), no_label=('predict', [('no','b/label/**/*.png')], 1),
+             cut_record=('predict', [('cut','a/predict.json')], 4), no_record=('predict', [('no','b/predict.json')], 4), no_records=('predict', [('no','a/predict.json'), ('no','b/predict.json')], 8),
+             record_and_colour=('predict', [('cut','a/predict.json'), ('cut','a/color/**/*.png')], 4),
+             pseudo_cut_record=('pseudo', [('cut','pseudo.json')], 4), pseudo_no_record=('pseudo', [('no','pseudo.json')], 4),
+             pseudo_no_record_no_journal=('pseudo', [('no','pseudo.json'), ('no','pseudo.jsonl')], 4), pseudo_record_and_stamp=('pseudo', [('no','pseudo.json'), ('cut',STAMP)], 4),
+             pseudo_cut_label=('pseudo', [('cut','gtFine/**/*.png')], 1), pseudo_cut_confidence=('pseudo', [('cut','confidence/**/*.png')], 1))
+
+@pytest.mark.parametrize('case', HOLES)
+def test_holes_are_filled(case, data, answered, tmp_path):
+    "All is there again, to the byte, and only what had to be was made again"
+    out = Path(shutil.copytree(answered, tmp_path/'chain'))
+    name,harms,again = HOLES[case]
+    for how,what in harms: dict(cut=cut, no=Path.unlink)[how](next(stage_of(out, name).glob(what)))
+    pipe,p,q,n = answers(data, out)
+    assert n==again and list(pipe.table().state).count('found')==1 and sound(out)
+    for f in (p,q):
+        assert {x: (f/x).read_bytes() for x in outputs(f)}=={x: (answered/f.name/x).read_bytes() for x in outputs(answered/f.name)}
+        assert not (f/LOST).exists()
+    assert answers(data, out)[3]==0
+
+def test_a_hole_that_is_not_filled(data, answered, tmp_path):
+    "However often the chain is started, there is no stamp; when the file is back, there is one"
+    out = Path(shutil.copytree(answered, tmp_path/'chain'))
+    f = stage_of(out, 'predict')
+    x = next(f.glob('a/color/**/*.png'))
+    whole_file = x.read_bytes()
+    x.unlink()
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match=f"stage 'predict': its function did not make again what was lost: a/color/.*{x.name}"): Pipeline(out, True).stage('predict', lambda folder: None)
+        assert read_stamp(f) is None
+    pipe,p,_,n = answers(data, out)
+    assert (n,x.read_bytes(),p)==(1,whole_file,f) and pipe.table().state[0]=='mended' and sound(out)
+
+@pytest.mark.parametrize('what', ['a/predict.json','b/color/**/*.png'])
+def test_killed_while_mending(what, data, answered, tmp_path, monkeypatch):
+    "Between the removal of what is damaged, the stamp's, and the repair: the list outlives it"
+    out = Path(shutil.copytree(answered, tmp_path/'chain'))
+    f = stage_of(out, 'predict')
+    cut(next(f.glob(what)))
+    removed,unlink = [],Path.unlink
+    def stop_at(n):
+        def stops(p, *args, **kw):
+            if len(removed)==n: raise KeyboardInterrupt
+            removed.append(p); return unlink(p, *args, **kw)
+        return stops
+    for n in range(3):                                                             # each time one file further
+        with monkeypatch.context() as m:
+            m.setattr(Path, 'unlink', stop_at(n)); removed.clear()
+            with pytest.raises(KeyboardInterrupt): answers(data, out)
+    def die(folder): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): Pipeline(out, True).stage('predict', die)
+    assert answers(data, out)[3]==(4 if what.endswith('json') else 1) and sound(out) and not (f/LOST).exists()
+    assert all((f/x).read_bytes()==(answered/f.name/x).read_bytes() for x in outputs(answered/f.name))
+
+def test_a_damaged_list(tmp_path):
+    pipe = Pipeline(tmp_path, True)
+    f = pipe.stage('x', lambda folder: atomic_write(folder/'x.txt', 'x') and None)
+    (f/'x.txt').unlink()
+    for text in ('["x.t', '7'):
+        (f/LOST).write_text(text)
+        with pytest.raises(ValueError, match='.lost: damaged .* Remove .*x-'): pipe.stage('x', lambda folder: None)
+
+def test_statistics_of_labels_are_no_part_of_them(data, answered, tmp_path):
+    "Whoever learned the labels has counted them; mended later, they are still the same input"
+    out = Path(shutil.copytree(answered, tmp_path/'chain'))
+    f = stage_of(out, 'pseudo')
+    before = fingerprint(f)
+    class_stats(SegFolder(pseudo_spec(DATASETS['demo_target'], f, CITYSCAPES19), data, 'train'), quiet=True)
+    assert any('class_stats' in p.name for p in f.iterdir())
+    cut(next(f.glob('gtFine/**/*.png')))
+    assert answers(data, out)[3]==1 and fingerprint(f)==before
+
+# ---- a run that ends in an average
+
+def averaged(data, chain, fail=None):
+    "Goes on from the chain's run, in two cycles of two steps"
+    real,out = Trainer.step,Path(chain)
+    def step(self, *args):
+        if self.it==fail: raise KeyboardInterrupt
+        note(out, f'step {self.it}')
+        return real(self, *args)
+    Trainer.step = step
+    w = stage_of(out, 'uda')/'model.safetensors'
+    r = make_recipe('source_only', 'demo', over=TINY | dict(weights=None, init=str(w), cycles=2))
+    pipe = Pipeline(out, True)
+    try: return pipe,pipe.train('swa', r, data, dict(start=w)),r
+    finally: Trainer.step = real
+
+@pytest.fixture(scope='module')
+def averages(data, ready_made, tmp_path_factory):
+    out = Path(shutil.copytree(ready_made, tmp_path_factory.mktemp('swa')/'chain'))
+    f = averaged(data, out)[1]
+    assert calls(out)==STEPS and set(outputs(f))=={'recipe.json','inputs.json','log.jsonl','metrics.json','model.safetensors','swa.safetensors','snapshots/2.safetensors','snapshots/4.safetensors'}
+    return out
+
+SWA = dict(   # what is done to which file; what is done again
+    no_snapshot=([('no','snapshots/2.safetensors')], STEPS),                      # only training brings it back
+    cut_snapshot=([('cut','snapshots/4.safetensors')], STEPS),
+    cut_snapshot_and_stamp=([('cut','snapshots/4.safetensors'), ('cut',STAMP)], STEPS),
+    no_average=([('no','swa.safetensors')], []),
+    cut_average_and_stamp=([('cut','swa.safetensors'), ('cut',STAMP)], []),
+    no_average_no_checkpoint=([('no','swa.safetensors'), ('no','checkpoint.pt')], STEPS),
+    no_inputs=([('no','inputs.json')], []),
+    no_inputs_no_checkpoint=([('no','inputs.json'), ('no','checkpoint.pt')], []),
+    cut_inputs_and_stamp=([('cut','inputs.json'), ('cut',STAMP)], []),
+    cut_recipe_and_stamp=([('cut','recipe.json'), ('cut',STAMP)], []))
+
+@pytest.mark.parametrize('case', SWA)
+def test_damaged_average_is_mended(case, data, averages, tmp_path):
+    out = Path(shutil.copytree(averages, tmp_path/'chain'))
+    harms,again = SWA[case]
+    for how,what in harms: dict(cut=cut, no=Path.unlink)[how](stage_of(out, 'swa')/what)
+    _,f,r = averaged(data, out)
+    was = averages/f.name
+    assert calls(out)==again and sound(out) and outputs(f)==outputs(was) and read_json(f/'inputs.json')==taken(r)
+    assert [fingerprint(x) for x in sorted(f.rglob('*.safetensors'))]==[fingerprint(x) for x in sorted(was.rglob('*.safetensors'))]
+    assert averaged(data, out)[0].table().state[0]=='found' and calls(out)==[]
+
+@pytest.mark.parametrize('harm,again', [(None,STEPS[3:]), ('snapshots/2.safetensors',STEPS)])
+def test_interrupted_average(harm, again, data, averages, ready_made, tmp_path):
+    "Stopped in the second cycle it goes on there, if the first one's snapshot is still there"
+    out = Path(shutil.copytree(ready_made, tmp_path/'chain'))
+    with pytest.raises(KeyboardInterrupt): averaged(data, out, fail=3)
+    assert calls(out)==STEPS[:3]
+    if harm: (stage_of(out, 'swa')/harm).unlink()
+    f = averaged(data, out)[1]
+    assert calls(out)==again and fingerprint(f/'swa.safetensors')==fingerprint(averages/f.name/'swa.safetensors')
+
+def test_inputs_made_again_elsewhere(data, averages, tmp_path):
+    "Weights made again tell of other paths: other bytes, the same tensors, the same stage. It is mended, not refused"
+    out = Path(shutil.copytree(averages, tmp_path/'chain'))
+    w = stage_of(out, 'uda')/'model.safetensors'
+    state,about = load_weights(w)
+    save_weights(w, state, {k:v for k,v in about.items() if k!='hash'} | dict(made='elsewhere'))
+    (stage_of(out, 'swa')/'model.safetensors').unlink()
+    (stage_of(out, 'swa')/'inputs.json').write_text('{"init": "0"}')
+    _,f,r = averaged(data, out)
+    assert f.name==stage_of(averages, 'swa').name and calls(out)==[] and read_json(f/'inputs.json')==taken(r)
 
 def test_stamp_of_another_stage(data, made):
     a,c = stage_of(made, 'encoder'),stage_of(made, 'brief')

@@ -157,6 +157,11 @@ def test_nblint_and_floors_notice(tmp_path):
     r = sh(sys.executable, 'tools/floors.py', tmp_path/'lib', tmp_path/'nbs')
     assert r.returncode and '10 low imports 20 high' in r.stdout
 
+def test_no_two_notebooks_want_the_same_page_of_the_site():
+    "nbdev strips the number: 52_ddb and ddb would both be ddb.html"
+    stems = [re.sub(r'^\d+[a-zA-Z0-9]*_', '', p.stem) for p in (ROOT/'nbs').glob('*.ipynb')]
+    assert len(stems)>40 and not {s for s in stems if stems.count(s)>1}
+
 def test_every_page_is_in_the_sidebar():
     globs = re.findall(r'auto: "([^"]+)"', (ROOT/'nbs'/'sidebar.yml').read_text())
     for p in PAGES:

@@ -7,6 +7,7 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from torch import nn
 from conftest import ROOT
+from udanb.build import stored
 from udanb.catalog import CAMVID, CITYSCAPES, DATASETS, MAPILLARY, ZEROWASTE_V2
 from udanb.core import IGNORE, Out, normalize, seed_all, write_json
 from udanb.datasets import LabelFiles, SegFolder, SegSpec
@@ -16,7 +17,7 @@ from udanb.infer import predict
 from udanb.labels import CAMVID11, CITYSCAPES19, SPACES, ZEROWASTE5
 from udanb.loaders import pair_loader
 from udanb.own import fake_tree, own_dataset
-from udanb.pseudo import export_pseudo, numbers, place, pseudo_sample, pseudo_spec, pseudo_stats, read_rows, read_stamp, show_pseudo, sure, thresholds
+from udanb.pseudo import export_pseudo, labelled, numbers, place, pseudo_sample, pseudo_spec, pseudo_stats, read_rows, read_stamp, show_pseudo, sure, thresholds
 from udanb.recipes import identity, make_recipe
 from udanb.segmentor import segmentor
 from udanb.stats import class_stats
@@ -152,7 +153,7 @@ def test_rare_class_sampling_counts_what_was_kept(town, tmp_path):
     for _ in range(2):
         counted = class_stats(back, quiet=True)                                                    # the second time from the file
         assert [sum(n.get(c,0) for _,n in counted) for c in range(11)]==np.array([r['kept'] for r in read_rows(out).values()]).sum(0).tolist()
-    assert (out/'class_stats.json').exists() and not list((tmp_path/'camvid').rglob('*class_stats*'))
+    assert (out/'.class_stats.json').exists() and not list((tmp_path/'camvid').rglob('*class_stats*'))
 
 @pytest.mark.parametrize('name', DATASETS)
 def test_every_dataset_has_a_place(name):
@@ -171,11 +172,12 @@ def test_places_without_fitting_kinds():
     assert place(replace(spec, labels=()), CITYSCAPES19)==('labels/{split}','.png')
     assert [numbers(s)[:3] for s in SPACES.values()]==[(0,1,2)]*5 and numbers(CAMVID11)[-1]==18
 
-def test_several_splits_share_a_folder(tmp_path):
+def test_a_folder_is_of_one_split(tmp_path):
+    "A run asks the folder which split it is to open"
     net = Net(11)
-    for s in ('train','val'): out = go(net, tree(CAMVID, tmp_path, s, CAMVID11), tmp_path/'out', CAMVID11)
-    assert len(read_rows(out))==6 and pseudo_stats(out).images['all']==6
-    for s in ('train','val'): assert len(SegFolder(pseudo_spec(CAMVID, out, CAMVID11), tmp_path, s, space=CAMVID11))==3
+    train,val = (tree(CAMVID, tmp_path, s, CAMVID11) for s in ('train','val'))
+    out = go(net, train, tmp_path/'out', CAMVID11)
+    with pytest.raises(ValueError, match='split train then, val now'): go(net, val, out, CAMVID11)
 
 def test_a_run_can_learn_them_in_other_spaces(town, tmp_path):
     "Labels of eleven classes, opened with the nineteen they are part of"
@@ -225,6 +227,88 @@ def test_other_settings_are_refused(town, tmp_path):
     assert {f: (out/f).stat().st_mtime_ns for f in files(out)}==before
     (out/'pseudo.json').write_text('{"weights": ')
     with pytest.raises(ValueError, match='pseudo.json: damaged'): go(net, town, out, CAMVID11, .4)
+
+def test_a_lost_record(town, tmp_path):
+    "What only the journal knows is made anew, what it does not know is foreign, and nothing outside is touched"
+    net,out = Net(11),tmp_path/'out'
+    go(net, town, out, CAMVID11, .4, confidence=True)
+    whole = {f: (out/f).read_bytes() for f in files(out)}
+    labels = [f for f in whole if f.startswith('gtFine')]
+    (out/'pseudo.json').unlink(); (out/labels[0]).write_bytes(b'cut')
+    go(Net(11, 1), town, out, CAMVID11, .5)                                                       # by another network, with other settings
+    want = go(Net(11, 1), town, tmp_path/'want', CAMVID11, .5)
+    assert {f: (out/f).read_bytes() for f in files(out)}=={f: (want/f).read_bytes() for f in files(want)}
+    mine = tmp_path/'mine.png'; mine.write_bytes(b'mine')
+    row = read_rows(out)[town.names[0]]
+    with open(out/'pseudo.jsonl', 'a') as f: f.write(json.dumps(row | dict(name='x', bytes={'../mine.png':4, str(mine):4}))+'\n')
+    (out/'pseudo.json').unlink(); go(net, town, out, CAMVID11, .4, confidence=True)
+    assert mine.read_bytes()==b'mine' and {f: (out/f).read_bytes() for f in files(out)}==whole
+    (out/'pseudo.json').unlink()
+    rows = (out/'pseudo.jsonl').read_text().splitlines(True)
+    (out/'pseudo.jsonl').write_text(''.join(rows[1:]))
+    with pytest.raises(FileExistsError, match=f'{labels[0]} was not written by export_pseudo'): go(net, town, out, CAMVID11, .4)
+    assert (out/labels[0]).read_bytes()==whole[labels[0]]
+
+# ---- learned by a run
+def recipe(out, **kw): return make_recipe('selftrain', 'demo', over=dict(target='camvid', pseudo=str(out), rcs=False) | kw)
+
+class Halt(Net):
+    "Stops at the third image, as a killed process would"
+    def forward(self, img):
+        if self.calls==2: raise KeyboardInterrupt
+        return super().forward(img)
+
+def test_an_unfinished_export_is_not_learned(tmp_path):
+    f = tree(CAMVID, tmp_path, 'train', CAMVID11, 5)
+    take = lambda out,**kw: stored(recipe(out, **kw), CAMVID, tmp_path, out)
+    n,out = len(f),tmp_path/'out'
+    with pytest.raises(KeyboardInterrupt): go(Halt(11), f, out, CAMVID11)
+    for kw in ({}, dict(skip_broken=True), dict(limit=2)):
+        with pytest.raises(ValueError, match=f'out holds 2 of {n} labels: the export was not finished.* run pseudo_label.ipynb again'): take(out, **kw)
+    go(Halt(11), replace_names(f, 2), tmp_path/'two', CAMVID11)                                    # a deliberate limit
+    two = take(tmp_path/'two')
+    assert two.names==f.names[:2] and two.skipped=={} and len(take(tmp_path/'two', limit=1))==1
+    go(Net(11), f, out, CAMVID11)
+    assert take(out).names==f.names and len(take(out, limit=3))==3 and read_stamp(out)['images']==n
+    go(Net(11), replace_names(f, 2), out, CAMVID11)                                                # fewer asked for later: nothing is lost
+    assert take(out).names==f.names
+    halt = Halt(11); halt.calls = 1
+    with pytest.raises(KeyboardInterrupt): go(halt, f, tmp_path/'two', CAMVID11)
+    with pytest.raises(ValueError, match=f'two holds 3 of {n} labels'): take(tmp_path/'two')       # a larger limit, begun
+    labels = [x for x in files(out) if x.startswith('gtFine')]
+    Image.fromarray(np.zeros((48,96), np.uint8)).save(out/labels[0])                               # corrected by hand: another size on disk
+    assert (take(out).label(0)==0).all() and labelled(out)==f.names
+    (out/labels[1]).unlink()
+    with pytest.raises(ValueError, match=f'out holds {n-1} of {n} labels'): take(out)
+    write_json(out/'pseudo.json', {k:v for k,v in read_stamp(out).items() if k!='images'})          # as an earlier version wrote it
+    with pytest.raises(ValueError, match='of an unknown number of labels'): take(out)
+    go(Net(11), f, out, CAMVID11)
+    assert len(take(out))==n
+
+def replace_names(f, n): return SegFolder(f.spec, f.root.parent, f.split, f.space, labels=False, limit=n)
+
+def test_broken_images_are_left_out(tmp_path):
+    "With a reason that names no folder; they are missing in training, and the count is right all the same, also after a kill"
+    f,net = tree(CAMVID, tmp_path, 'train', CAMVID11, 5),Net(11)
+    bad,n = f.path(1),len(f)
+    whole_file = bad.read_bytes(); bad.write_bytes(whole_file[:99])
+    with pytest.raises(ValueError, match=f'{bad.name}: broken image file'): go(net, f, tmp_path/'out', CAMVID11)
+    with pytest.raises(KeyboardInterrupt): go(Halt(11), f, tmp_path/'killed', CAMVID11, skip_broken=True)
+    with pytest.raises(ValueError, match=f'killed holds 2 of {n} labels'): stored(recipe(tmp_path/'killed', skip_broken=True), CAMVID, tmp_path, tmp_path/'killed')
+    for k in ('out','killed','once'):
+        with pytest.warns(UserWarning, match=f'1 of {n} images .* left out .skip_broken.: {f.names[1]}'): out = go(net, f, tmp_path/k, CAMVID11, skip_broken=True)
+        stamp = read_stamp(out)
+        assert stamp['images']==n-1==len(read_rows(out)) and list(stamp['skipped'])==[f.names[1]] and str(tmp_path) not in str(stamp)
+        assert stamp['skipped'][f.names[1]].startswith(f'{f.names[1]}: broken image file')
+        for skip in (False,True):
+            back = stored(recipe(out, skip_broken=skip), CAMVID, tmp_path, out)
+            assert back.names==[x for x in f.names if x!=f.names[1]] and back.skipped==stamp['skipped']
+    before = {x: (out/x).stat().st_mtime_ns for x in files(out) if x.endswith('.png')}
+    bad.write_bytes(whole_file)
+    go(net, f, out, CAMVID11)
+    assert len(labelled(out))==n and 'skipped' not in read_stamp(out) and all((out/x).stat().st_mtime_ns==t for x,t in before.items())
+    for i in range(n): f.path(i).write_bytes(b'')
+    with pytest.raises(ValueError, match=f'none of {n} images can be read'): go(net, f, tmp_path/'none', CAMVID11, skip_broken=True)
 
 def test_nothing_foreign_is_overwritten(town, tmp_path):
     net,mine = Net(11),tmp_path/'out'/'gtFine'/'train'/f'{town.key(1)}_gtFine_labelTrainIds.png'
@@ -364,8 +448,8 @@ def test_notebook_writes_what_the_function_writes(run, tmp_path):
     assert len(labels)==2 and all((want/x).read_bytes()==(tmp_path/'a'/x).read_bytes() for x in labels) and read_stamp(want)==read_stamp(tmp_path/'a')
     stats = pd.read_csv(tmp_path/'a'/'stats.csv')
     np.testing.assert_allclose(stats.coverage, pseudo_stats(want).coverage, atol=1e-3)
-    (tmp_path/'soup').mkdir(); shutil.copy(run/'run'/'model.safetensors', tmp_path/'soup'/'uniform.safetensors')
-    b = notebook(**kw | dict(run=str(tmp_path/'soup')), threshold=None, ratios=[.5,1.], flip=True, limit=1, out=str(tmp_path/'b'))
+    shutil.copy(run/'run'/'model.safetensors', tmp_path/'uniform.safetensors')
+    b = notebook(**kw | dict(run=str(tmp_path/'uniform.safetensors')), threshold=None, ratios=[.5,1.], flip=True, limit=1, out=str(tmp_path/'b'))
     px = f.image(0)
     got = tta(b['net'], normalize(px)[None], (.5,1.), True, size=(32,64))[0].argmax(0).numpy()
     assert (read_ids(tmp_path/'b'/labels[0])==got).all() and len(read_rows(tmp_path/'b'))==1
@@ -379,7 +463,7 @@ def test_notebook_names_bad_input(run, tmp_path):
     fails(ValueError, 'crop None: give', mode='slide')
     fails(FileNotFoundError, 'nowhere: there is no such run', run=str(tmp_path/'nowhere'))
     (tmp_path/'empty').mkdir()
-    fails(FileNotFoundError, 'holds 0 .safetensors files', run=str(tmp_path/'empty'))
+    fails(FileNotFoundError, 'empty is not the folder of a run', run=str(tmp_path/'empty'))
     save_weights(tmp_path/'bare.safetensors', Net(3))
     fails(ValueError, 'bare.safetensors does not say which recipe', run=str(tmp_path/'bare.safetensors'))
     assert not (tmp_path/'out').exists()

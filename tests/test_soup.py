@@ -84,7 +84,7 @@ def test_uniform_with_weights(world, tmp_path):
     assert abs(tab['miou']['mean']-tab['miou'][members].mean())<1e-9 and abs(tab['info']['mean']-tab['info'][members].mean())<1e-9
     log,m = read_run(tmp_path/'out')
     assert log==[] and abs(m['miou']['student']-tab['miou']['soup'])<1e-9
-    assert set(m['iou']['student'])==set(CITYSCAPES19.classes) and m['blind']['student']['info']==told['soup']['info']
+    assert set(m['iou']['student'])==set(CITYSCAPES19.classes) and m['label_free']['student']['info']==told['soup']['info']
     assert list(scores(r, tmp_path/'out', None))==['dacs'] and read_json(tmp_path/'out'/'recipe.json')==identity(r)
     meta = load_weights(tmp_path/'out'/'model.safetensors')[1]
     assert json.loads(meta['recipe'])==identity(r) and json.loads(meta['classes'])==list(CITYSCAPES19.classes) and len(json.loads(meta['ingredients']))==2

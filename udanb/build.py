@@ -19,7 +19,7 @@ from .loaders import SegConcat, eval_loader, pair_loader
 from .look import cache_dir, cached
 from .hrda import HRDA
 from .metrics import Confusion, iou_dict
-from .pseudo import pseudo_spec, read_stamp
+from .pseudo import labelled, pseudo_spec, read_stamp
 from .recipes import METHODS, ONE_DOMAIN, PLUS, Recipe, identity, pair_of
 from .segmentor import param_groups, segmentor
 from .stats import RareClassSampler, class_stats
@@ -69,9 +69,13 @@ def stored(
     root,         # absolute data root
     where,        # folder written by `export_pseudo`
 )->SegFolder: # the images that have stored labels, with those
-    "A target as its pseudo-labels see it"
-    space,split = pair_of(r).space,read_stamp(where)['split']
-    return SegFolder(pseudo_spec(spec, where, space), root, split, space, limit=r.limit, skip_broken=True)
+    "A target as its pseudo-labels see it; images without one are not used, labels that are missing raise `ValueError`"
+    space,stamp,n = pair_of(r).space,read_stamp(where),len(labelled(where))
+    if n<stamp.get('images', n+1):
+        raise ValueError(f"{where} holds {n} of {stamp.get('images', 'an unknown number of')} labels: the export was not finished, or files were removed; run pseudo_label.ipynb again, it goes on where it stopped")
+    f = SegFolder(pseudo_spec(spec, where, space), root, stamp['split'], space, limit=r.limit, skip_broken=True)
+    f.skipped = stamp.get('skipped', {})      # images that nobody asked to label were not skipped
+    return f
 
 def target_folders(
     r:Recipe,

@@ -68,8 +68,15 @@ def label_target(
             lost |= f.skipped
             export_pseudo(net, f, where(folder, t), f.space, threshold, confidence, EvalTfm(box(r, f.spec)), quiet=pipe.quiet)
             kept[t] = pseudo_stats(where(folder, t)).to_dict('index')
-        return dict(labels=kept, skipped=lost)
+        return dict(labels=_some(kept, threshold), skipped=lost)
     return pipe.stage(name, do, dict(split=split, threshold=threshold, confidence=confidence, recipe=_look(r), limit=r.limit), dict(weights=weights_of(run)))
+
+# %% ../nbs/65_chains.ipynb #5875528b
+def _some(kept, threshold):
+    "Refuse labels without a labelled pixel: a training on them would only shrink weights"
+    if any(t['all']['coverage'] for t in kept.values()): return kept
+    said = ', '.join(f"{n} {t['all']['confidence']:.0f} %" for n,t in kept.items())
+    raise ValueError(f'threshold {threshold}: not one pixel is that sure (mean confidence: {said}), so there is nothing to learn. Lower it, or train longer before')
 
 def _look(r): return {k: v for k,v in identity(r).items() if k in ('target','datasets','scale','fit','source')}   # what decides which images, and their size
 

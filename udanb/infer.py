@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['IMAGES', 'inferring', 'whole', 'predict', 'windows', 'slide', 'evaluate', 'weights_hash', 'find_images', 'plain_repr',
-           'predict_folder']
+           'reason', 'left_out', 'predict_folder']
 
 # %% ../nbs/41_infer.ipynb #25586d48
-import hashlib, json, os, re
+import hashlib, json, os, re, warnings
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from .core import atomic_write, normalize, pick, progress, read_json, write_json
 from .files import read_image
 from .labels import colorize
 from .losses import upsample
+from .stats import BROKEN
 
 # %% ../nbs/41_infer.ipynb #ce0104d0
 @contextmanager
@@ -172,6 +173,13 @@ def plain_repr(
     return x if isinstance(x, str) else re.sub(' at 0x[0-9a-f]+', '', repr(x))
 
 # %% ../nbs/41_infer.ipynb #b6743961
+def _color(out, f): return out/'color'/f.relative_to(out/'label')   # of a label file
+def _there(out, f): return [p for p in (f,_color(out, f)) if p.exists()]
+
+def _record(stamp)->dict:
+    try: return dict(read_json(stamp))
+    except (ValueError,TypeError) as e: raise ValueError(f'{stamp}: damaged ({e}); delete {stamp.parent} and predict again') from e
+
 def _claim(
     out:Path,   # the folder of results
     made:dict,  # what makes them
@@ -180,14 +188,32 @@ def _claim(
     "Make sure that what lies in `out` was made the same way; raises `ValueError` or `FileExistsError`"
     stamp,made = out/'predict.json',json.loads(json.dumps(made))
     if not stamp.exists():
-        if old := [f for f in files if f.exists()]: raise FileExistsError(f'{old[0]} is there and was not written by predict_folder; choose another `out`')
+        if old := [p for f in files for p in _there(out, f)]: raise FileExistsError(f'{old[0]} is there and was not written by predict_folder; choose another `out`')
         write_json(stamp, made)
-    elif (was := read_json(stamp))!=made:
-        diff = ', '.join(f'{k} {was.get(k)} then, {v} now' for k,v in made.items() if was.get(k)!=v)
+    elif (was := {k:v for k,v in _record(stamp).items() if k!='skipped'})!=made:
+        diff = ', '.join(f'{k} {was.get(k)} then, {made.get(k)} now' for k in {**made,**was} if was.get(k)!=made.get(k))
         raise ValueError(f'{out} holds predictions made differently ({diff}); delete it or choose another `out`')
-    return [f for f in files if not f.exists()]
+    return [f for f in files if len(_there(out, f))<2]
 
 # %% ../nbs/41_infer.ipynb #99503d78
+def reason(
+    e:Exception, # of reading an image
+    name:str,    # the image
+)->str:
+    "Why an image could not be read, without the folders above it"
+    return re.sub(rf'/[^\n]*?{re.escape(name)}', lambda m: name, str(e))
+
+def left_out(
+    lost:dict, # name -> reason
+    total:int, # of images
+    where,     # file that keeps the reasons
+):
+    "Warn of images that could not be read; if none could, `ValueError`"
+    if not lost: return
+    if len(lost)==total: raise ValueError(f'none of {total} images can be read; the first: {next(iter(lost.items()))}')
+    warnings.warn(f"{len(lost)} of {total} images could not be read and were left out (skip_broken): {', '.join(list(lost)[:5])}; {where} says why")
+
+# %% ../nbs/41_infer.ipynb #1b078936
 def predict_folder(
     net:nn.Module,   # returns `Out`
     src,             # a folder, a list of image files, or an object with `names` and `image(i)`
@@ -199,25 +225,30 @@ def predict_folder(
     train_ids=False, # write Cityscapes train ids instead of the space's indices
     device=None,     # None = where the network is
     quiet=False,     # no bar
+    skip_broken=False, # True: leave images out that cannot be read, with a warning; predict.json says why
 )->Path: # `out`
-    "Write a label and a colour PNG for each image, in the image's own size; finished ones are skipped"
+    "Write a label and a colour PNG for each image, in the image's own size; finished ones are not made again"
     out,forward,device,ids = Path(out).resolve(),_forward(mode, crop, stride),device or _device(net),np.arange(256, dtype=np.uint8)
     if train_ids and space.train_ids: ids[:len(space)] = space.train_ids
     todo = _jobs(find_images(src, out), out/'label')
-    left = _claim(out, dict(weights=weights_hash(net), space=space.name, train_ids=train_ids, mode=plain_repr(mode), crop=crop, stride=stride,
-                            tfm=plain_repr(tfm)), todo)
+    left,lost = _claim(out, dict(weights=weights_hash(net), space=space.name, train_ids=train_ids, mode=plain_repr(mode), crop=crop, stride=stride,
+                                 tfm=plain_repr(tfm)), todo),{}
     save = lambda path,a: atomic_write(path, lambda p: Image.fromarray(a).save(p))
     with inferring(net):
         for f in progress(left, 'predict', total=len(todo), initial=len(todo)-len(left), quiet=quiet):
             name,read = todo[f]
-            px = read()
+            try: px = read()
+            except BROKEN as e:
+                if not skip_broken: raise
+                lost[name] = reason(e, name)
+                continue
             img = normalize(px if tfm is None else tfm(px))[None].to(device)
             lbl = _classes(forward(net, img), px.shape[:2], len(space), name)[0].byte().cpu().numpy()
-            save(out/'color'/f.relative_to(out/'label'), colorize(lbl, space))
+            save(_color(out, f), colorize(lbl, space))
             save(f, ids[lbl])
-    return out
+    return _note(out, lost, len(todo))
 
-# %% ../nbs/41_infer.ipynb #0314e7e1
+# %% ../nbs/41_infer.ipynb #d14e88f6
 def _jobs(images, folder):
     "Label file -> (name, reader); no images, or two that want the same file, raise `ValueError`"
     jobs = {}
@@ -227,3 +258,11 @@ def _jobs(images, folder):
         if f in jobs: raise ValueError(f'{jobs[f][0]} and {n} would both be written to {f}; rename one of them')
         jobs[f] = n,read
     return jobs
+
+def _note(out, lost, total)->Path: # `out`
+    "Keep in `predict.json` what could not be read this time"
+    was = _record(out/'predict.json')
+    now = {k:v for k,v in was.items() if k!='skipped'} | (dict(skipped=lost) if lost else {})
+    if now!=was: write_json(out/'predict.json', now)
+    left_out(lost, total, out/'predict.json')
+    return out

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['thresholds', 'sure', 'numbers', 'place', 'read_rows', 'stands', 'read_stamp', 'export_pseudo', 'pseudo_stats',
-           'show_pseudo', 'pseudo_spec', 'pseudo_sample']
+           'show_pseudo', 'pseudo_spec', 'labelled', 'pseudo_sample']
 
 # %% ../nbs/46_pseudo.ipynb #fde225f5
 import json
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from .core import IGNORE, Sample, atomic_write, normalize, pick, progress, read_json, resolve, write_json
 from .datasets import LabelFiles
 from .files import image_size, read_ids
-from .infer import inferring, plain_repr, weights_hash
+from .infer import inferring, left_out, plain_repr, reason, weights_hash
 from .labels import remap
+from .stats import BROKEN
 from .tta import probabilities
 
 # %% ../nbs/46_pseudo.ipynb #a4f734d3
@@ -86,11 +87,14 @@ def stands(out, row)->bool:
     try: return all((Path(out)/f).stat().st_size==n for f,n in row['bytes'].items())
     except OSError: return False
 
-def _tidy(out)->Path: # `out`
-    "One row per image, in the order of names"
-    rows = read_rows(out)
+def _close(out, lost)->Path: # `out`
+    "One row per image, in the order of names; the record says how many have a label, and which could not be read"
+    rows,was = read_rows(out),read_stamp(out)
     text = ''.join(json.dumps(rows[n])+'\n' for n in sorted(rows))
     if text!=(out/'pseudo.jsonl').read_text(errors='replace'): atomic_write(out/'pseudo.jsonl', text)
+    done = [n for n in rows if stands(out, rows[n])]
+    now = {k:v for k,v in was.items() if k!='skipped'} | dict(images=len(done)) | (dict(skipped=lost) if lost else {})
+    if now!=was: write_json(out/'pseudo.json', now)
     return out
 
 def _open_journal(out):
@@ -105,15 +109,24 @@ def _claim(
     out:Path,
     made:dict, # what makes the files
     files,     # label files, relative
+    names,     # of their images
 ):
     "Make sure that what lies in `out` was made the same way; raises `ValueError` or `FileExistsError`"
-    stamp,made = out/'pseudo.json',json.loads(json.dumps(made))
-    if not stamp.exists():
-        if old := [out/f for f in files if (out/f).exists()]: raise FileExistsError(f'{old[0]} was not written by export_pseudo; choose another `out`')
-        write_json(stamp, made)
-    elif (was := read_stamp(out))!=made:
-        diff = ', '.join(f'{k} {was.get(k)} then, {made.get(k)} now' for k in {**made,**was} if was.get(k)!=made.get(k))
+    there,made = (out/'pseudo.json').exists(),json.loads(json.dumps(made))
+    if not there: _afresh(out, files)
+    was = read_stamp(out) if there else {}
+    old = {k:v for k,v in was.items() if k not in ('images','skipped')}
+    if there and old!=made:
+        diff = ', '.join(f'{k} {old.get(k)} then, {made.get(k)} now' for k in {**made,**old} if old.get(k)!=made.get(k))
         raise ValueError(f'{out} holds pseudo-labels made differently ({diff}); delete it or choose another `out`')
+    now = made | was | dict(images=len({*names, *(n for n,r in read_rows(out).items() if stands(out, r))}))
+    if now!=was: write_json(out/'pseudo.json', now)
+
+def _afresh(out, files):
+    "Nothing says how what is there was made: what the journal knows is removed, what it does not know is foreign"
+    ours = {f for r in read_rows(out).values() for f in r['bytes'] if (out/f).resolve().is_relative_to(out.resolve())}
+    if old := [out/f for f in files if f not in ours and (out/f).exists()]: raise FileExistsError(f'{old[0]} was not written by export_pseudo; choose another `out`')
+    for f in (*ours,'pseudo.jsonl'): (out/f).unlink(missing_ok=True)
 
 def read_stamp(out)->dict:
     "How the pseudo-labels in a folder were made; `FileNotFoundError` if nothing says so, `ValueError` if it is damaged"
@@ -135,23 +148,29 @@ def export_pseudo(
     crop=None, stride=None, # for 'slide'
     device=None,     # None = where the network is
     quiet=False,     # no bar
+    skip_broken=False, # True: leave images out that cannot be read, with a warning; pseudo.json says why
 )->Path: # `out`
-    "Write a pseudo-label for each image, in the image's own size; finished ones are skipped"
+    "Write a pseudo-label for each image, in the image's own size; finished ones are not made again"
     out,t,dev = resolve(out),thresholds(space, threshold),device or next((p.device for p in net.parameters()), 'cpu')
     files = _files(folder, out, space)
     _claim(out, dict(weights=weights_hash(net), dataset=folder.spec.name, split=folder.split, layout=place(folder.spec, space), classes=space.classes, numbers=numbers(space),
                      threshold=dict(zip(space.classes, [round(v,6) for v in t.tolist()])), confidence=confidence, tfm=plain_repr(tfm), mode=plain_repr(mode),
-                     crop=crop, stride=stride), files)
-    rows = read_rows(out)
+                     crop=crop, stride=stride), files, folder.names)
+    rows,lost = read_rows(out),{}
     left = [i for i,n in enumerate(folder.names) if n not in rows or files[i] not in rows[n]['bytes'] or not stands(out, rows[n])]
     with _open_journal(out) as log, inferring(net):
         for i in progress(left, 'pseudo-labels', total=len(files), initial=len(files)-len(left), quiet=quiet):
-            px = folder.image(i)
+            try: px,size = folder.image(i),image_size(folder.path(i))
+            except BROKEN as e:
+                if not skip_broken: raise
+                lost[folder.names[i]] = reason(e, folder.names[i])
+                continue
             img = normalize(px if tfm is None else tfm(px))[None].to(dev)
-            prob = probabilities(net, img, image_size(folder.path(i)), mode, crop, stride)[0]
+            prob = probabilities(net, img, size, mode, crop, stride)[0]
             row = _write(out, files[i], folder.names[i], prob, t, space, confidence)
             log.write((json.dumps(row)+'\n').encode()); log.flush()
-    return _tidy(out)
+    left_out(lost, len(files), out/'pseudo.json')
+    return _close(out, lost)
 
 # %% ../nbs/46_pseudo.ipynb #6ef150de
 def _write(out, file, name, prob, t, space, confidence)->dict:
@@ -218,7 +237,14 @@ def pseudo_spec(
         if stamp[k]!=now: raise ValueError(f'{out}: these pseudo-labels have the {k} {stamp[k]}, asked for is {now}; give the folder exported for it')
     where,suffix = stamp['layout']
     files = LabelFiles(f'{str(out).replace("{","{{").replace("}","}}")}/{where}', suffix, {n:n for n in numbers(space)})
-    return replace(spec, labels=(files,), space=space, merge={}, stats=str(out/'class_stats.json'))
+    return replace(spec, labels=(files,), space=space, merge={}, stats=str(out/'.class_stats.json'))
+
+def labelled(
+    out, # folder of `export_pseudo`
+)->list: # names of the images
+    "Images of the journal whose label is there; before the end of an export fewer than the record's `images`"
+    there = lambda r: all((Path(out)/f).is_file() for f in r['bytes'] if not f.startswith('confidence/'))
+    return [n for n,r in read_rows(out).items() if there(r)]
 
 # %% ../nbs/46_pseudo.ipynb #e063d400
 def pseudo_sample(

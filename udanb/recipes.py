@@ -208,6 +208,8 @@ def check(r:Recipe)->Recipe:
     for k in ('steps','batch','dim','ch','cycles'):
         if getattr(r,k) is not None and getattr(r,k)<1: raise ValueError(f'{k}={getattr(r,k)}: this should be at least 1')
     for a in names_of(r.augment): pick(a, AUGMENT, 'augmentation')
+    if r.margins=='rows' and r.method in ('distill','selftrain'): raise ValueError(f"margins='rows': {r.method} has no teacher that would leave rows of the crop out; use 'mask' or 'none'")
+    if r.cycles and not r.init: raise ValueError(f'cycles={r.cycles}: weight averaging goes on from a trained network; give its weights as `init`')
     pair_of(r)
     for k in ('crop','fit'):
         if getattr(r,k) is not None and (len(getattr(r,k))!=2 or min(getattr(r,k))<1): raise ValueError(f'{k}={getattr(r,k)}: this should be a height and a width')

@@ -119,7 +119,7 @@ class InChunks(torch.autograd.Function):
 # %% ../../nbs/53_cluda.ipynb #3af14068
 def chunked_contrast(
     *cells,       # as for `contrast_rows`, after `rows`
-    chunk=512,    # rows at a time; None = all, by plain autograd
+    chunk=128,    # rows at a time; None = all, by plain autograd
     parity=False,
 )->Tensor: # scalar
     "`contrast_rows` of all rows without ever holding all rows"
@@ -150,7 +150,7 @@ class Contrast(nn.Module):
         weigher=None,   # a `Weigher`, for an HRDA
         w:float=1.,     # weight of this criterion
         stride=16,      # pixels per cell
-        chunk=512,      # rows of the matrices at a time; None = all
+        chunk=128,      # rows of the matrices at a time; None = all
         parity=False,   # void is a class, road has no detail, no context–context outside the detail, drifting labels
         name='contrast',# in the log
     ):
@@ -225,7 +225,7 @@ def cluda(
     net,             # the student, plain or an HRDA
     w:float=None,    # weight of the contrast; None = 1 on an HRDA, as published, and .1 on a plain network
     stride=16,       # pixels per cell
-    chunk=512,       # rows of the similarity matrices at a time
+    chunk=128,       # rows of the similarity matrices at a time
     dim=256,         # embedding of the weighting head
     after=12_000,    # steps with random details in the mixed pass (of 40,000); None = always random
     parity=False,    # see `Contrast`
