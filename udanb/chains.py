@@ -153,12 +153,12 @@ def fused(
     r = recipe_of(runs[0])
     def do(folder):
         means = prototypes and [load_prototypes(p/'prototypes.safetensors').mean for p in prototypes]
-        net = Fused(Ensemble([load_run(t) for t in runs], means)).to('cuda' if torch.cuda.is_available() else 'cpu')
+        net = Fused(Ensemble([load_run(t) for t in runs], means, parity=r.parity)).to('cuda' if torch.cuda.is_available() else 'cpu')
         s = evaluator(r, folders(r, data_root)[2])
         write_json(folder/'metrics.json', m := {k: dict(fusion=v) for k,v in s(net).items()} if s else {})
         return m
     files = {f'teacher{i}': weights_of(t) for i,t in enumerate(runs)} | {f'prototypes{i}': p for i,p in enumerate(prototypes or ())}
-    return pipe.stage(name, do, dict(look=_look(r), limit=r.limit), files)
+    return pipe.stage(name, do, dict(look=_look(r), limit=r.limit) | (dict(parity=True) if r.parity else {}), files)
 
 # %% ../nbs/65_chains.ipynb #6e5241de
 def iou_table(
@@ -166,12 +166,12 @@ def iou_table(
     stages:dict, # title -> folder, or (folder, who)
 )->pd.DataFrame: # a row per class that occurs, and mIoU; a column per title, in %
     "IoU of every stage"
-    def one(x):
+    def one(x, what):
         folder,who = x if isinstance(x, tuple) else (x,None)
-        iou = pipe.results(folder).get('iou') or {}
-        return iou.get(who or next(iter(iou), None), {})
-    tab = pd.DataFrame({k: one(x) for k,x in stages.items()}, dtype=float).dropna(how='all')
-    tab.loc['mIoU'] = tab.mean()
+        each = pipe.results(folder).get(what) or {}
+        return each.get(who or next(iter(each), None))
+    tab = pd.DataFrame({k: one(x, 'iou') or {} for k,x in stages.items()}, dtype=float).dropna(how='all')
+    tab.loc['mIoU'] = [one(x, 'miou') for x in stages.values()]     # with several targets this is the mean over them
     return tab
 
 # %% ../nbs/65_chains.ipynb #c08a624c
