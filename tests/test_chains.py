@@ -146,7 +146,7 @@ def test_visda_from_the_shell(visda, data):
     assert (recipe_of(uda).method,recipe_of(uda).steps,recipe_of(uda).augment,recipe_of(uda).init)==('daformer',3,'none',None)
     for m,a in zip(members, ('photometric','noise','grid')):
         r = recipe_of(m)
-        assert (r.method,r.steps,r.augment,r.init,r.pseudo,r.lr)==('selftrain',2,a,str(weights_of(uda)),str(at(chain, 'labels')),recipe_of(uda).lr)
+        assert (r.method,r.steps,r.augment,r.init,r.pseudo,r.lr)==('selftrain',2,a,str(weights_of(uda)),str(at(chain, 'labels')),recipe_of(uda).lr/10)
         start = build(r, data, chain/'x', quiet=True).student.state_dict()
         assert equal(start, state(uda)) and not equal(state(m), state(uda)) and len(read_log(m/'log.jsonl', 99))==2
         assert set(read_log(m/'log.jsonl', 1)[0])>={'source/ce','lr'} and s[m.name.rsplit('-',1)[0]]['results']['steps']==2

@@ -75,7 +75,8 @@ def literal(out, x, w, parity):
     n = len(y); eye = torch.eye(n, dtype=torch.bool); eq = y[:,None]==y[None]
     ok = torch.ones(n, dtype=torch.bool) if parity else y!=IGNORE
     P,K = eq & ~eye & ok[:,None] & ok, ~eq & ok
-    def ell(s, K): return s-(s.exp()+torch.where(K, s.exp(), 0.).sum(1)[:,None]).log()
+    u = torch.ones_like(t) if parity else t                                # trust of a negative
+    def ell(s, K): return s-(s.exp()+torch.where(K, u*s.exp(), 0.).sum(1)[:,None]).log()
     L = ell(fl@fl.T, K)
     if w is not None:
         box,cell = out.aux['box'],4

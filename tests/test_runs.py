@@ -277,8 +277,8 @@ def test_visda22_params_ask_for_the_winners_trainings(name):
     p = params('zerowaste' if 'zerowaste' in name else 'town_daformer')
     alone = make_recipe(p['recipe'], p['source'], p['target'], p.get('over', {}) | dict(before=False), backbone=p.get('backbone'), seed=s['seed'])
     assert s['adapt']==alone                                                                # the first stage is the run of that file
-    want = dict(method='selftrain', plus=(), args={}, fd=0., rcs=False, steps=alone.steps//4)
-    assert s['again']==replace(alone, **want) and (s['again'].warmup,s['again'].lr)==((1500,6e-5) if 'zerowaste' in name else (50,3e-4))
+    want = dict(method='selftrain', plus=(), args={}, fd=0., rcs=False, margins='none', steps=alone.steps//4, lr=alone.lr if 'zerowaste' in name else alone.lr/10)
+    assert s['again']==replace(alone, **want) and (s['again'].warmup,s['again'].lr)==((1500,6e-5) if 'zerowaste' in name else (50,pytest.approx(3e-5)))
     assert list(s['kinds'])==['photometric','noise','grid'] and s['threshold']==.9
     assert (s['split'],s['predict_split'],s['seed'])==(('test','test',1) if 'zerowaste' in name else ('train',None,0))
 

@@ -206,10 +206,15 @@ def open_run(
         raise FileNotFoundError(f"no demo run in {resolve('outputs')}: run `make demo` first (a few minutes), or give `run`")
     path = resolve(path) if path else runs[-1].parent
     if not path.exists(): raise FileNotFoundError(f'{path}: there is no such run; give the folder of a run or a .safetensors file')
-    if path.is_dir() and not (path/'recipe.json').exists(): raise FileNotFoundError(f'{path} is not the folder of a run: it has no recipe.json')
-    if path.is_dir(): net,r = load_run(path, which),from_json(read_json(path/'recipe.json'))
-    else: net,r = _of_file(path, which)
+    if (path/'recipe.json').exists(): net,r = load_run(path, which),from_json(read_json(path/'recipe.json'))
+    else: net,r = _of_file(_only(path) if path.is_dir() else path, which)
     return net.to('cuda' if torch.cuda.is_available() else 'cpu'),r,path.stem+('' if which=='student' else f'-{which}')
+
+def _only(folder):
+    "The one file of weights in a folder"
+    files = sorted(folder.glob('*.safetensors'))
+    if len(files)!=1: raise FileNotFoundError(f'{folder} is not the folder of a run (it has no recipe.json) and holds {len(files)} .safetensors files; give one of them')
+    return files[0]
 
 def _of_file(file, which):
     "Network and recipe of one file of weights"
