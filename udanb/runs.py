@@ -197,6 +197,7 @@ def load_run(
     load_into(net, Path(out)/pick(which, NETWORKS, 'network of a run'), 'student' if which=='swa' else which)
     return net.eval()
 
+# %% ../nbs/62_runs.ipynb #44bd6f02
 def open_run(
     path=None,       # folder of a run or a soup, or a .safetensors that says its recipe; None = the newest run of the demo
     which='student', # see `load_run`
