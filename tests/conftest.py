@@ -32,6 +32,7 @@ def state_stays():
     "A test that leaves torch's global switches turned breaks others far away: here it is named"
     yield
     import torch
-    left = [n for n,on in (('autocast', torch.is_autocast_enabled('cpu')), ('no_grad', not torch.is_grad_enabled()), ('double', torch.get_default_dtype()!=torch.float32)) if on]
+    left = [n for n,on in (('autocast', torch.is_autocast_enabled('cpu')), ('no_grad', not torch.is_grad_enabled()),
+                           ('double', torch.get_default_dtype()!=torch.float32)) if on]
     torch.set_autocast_enabled('cpu', False); torch.set_grad_enabled(True); torch.set_default_dtype(torch.float32)
     assert not left, left

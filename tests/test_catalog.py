@@ -32,7 +32,8 @@ def mapillary_by_spec():
     "The outcome the spec states for the 66 names (DDB §2.9), not the rule"
     said = {'road': ['Bike Lane','Crosswalk - Plain','Parking','Road','Service Lane','Lane Marking - Crosswalk','Lane Marking - General'],
             'sidewalk': ['Curb','Curb Cut','Pedestrian Area','Sidewalk'], 'pole': ['Pole','Utility Pole','Street Light'],
-            'traffic sign': ['Traffic Sign Frame','Traffic Sign (Back)','Traffic Sign (Front)'], 'rider': ['Bicyclist','Motorcyclist','Other Rider'], 'train': ['On Rails']}
+            'traffic sign': ['Traffic Sign Frame','Traffic Sign (Back)','Traffic Sign (Front)'],
+            'rider': ['Bicyclist','Motorcyclist','Other Rider'], 'train': ['On Rails']}
     said |= {c: [c.title()] for c in CITYSCAPES19.classes if c not in said}
     return {MAPILLARY_NAMES.index(n): CITYSCAPES19.classes.index(c) for c,ns in said.items() for n in ns}
 
@@ -71,7 +72,8 @@ def test_dataset_end_to_end(tmp_path, name, kind):
             want = expected(spec, kind, raw)
             if spec.shrink.get(split): want = np.asarray(Image.fromarray(want.astype(np.uint8)).resize((66,24), Image.NEAREST))
             assert np.array_equal(f.label(i), want)
-    if spec.labels and any(l for ps in spec.example.values() for _,l in ps): assert set(np.unique(stripes(spec, (4,132), 0, kind)))==set(spec.labels[kind].ids)|set(spec.labels[kind].void)
+    if spec.labels and any(l for ps in spec.example.values() for _,l in ps):
+        assert set(np.unique(stripes(spec, (4,132), 0, kind)))==set(spec.labels[kind].ids)|set(spec.labels[kind].void)
 
 def test_tables_equal_cityscapesscripts():
     labels = pytest.importorskip('cityscapesscripts.helpers.labels').labels

@@ -14,7 +14,8 @@ from udanb.train import Step
 
 TINY = dict(backbone='mit_b0', weights=None, dim=16, batch=2, crop=(64,64), rcs_px=8, rcs_ratio=.5, steps=2, tau=0., fd=0., blur=0.)
 ARGS = dict(paste=dict(names=['pole','traffic light','traffic sign','person','car'], least=1e-4), cluda=dict(after=0), dida=dict(every=1))
-NETS = dict(plain={}, hrda=dict(hrda=True), upernet=dict(head='upernet'), fcn=dict(head='fcn'), hrda_upernet=dict(hrda=True, head='upernet'), hrda_fcn=dict(hrda=True, head='fcn', crop=(128,128)))
+NETS = dict(plain={}, hrda=dict(hrda=True), upernet=dict(head='upernet'), fcn=dict(head='fcn'),
+            hrda_upernet=dict(hrda=True, head='upernet'), hrda_fcn=dict(hrda=True, head='fcn', crop=(128,128)))
 PLUS = [('dida','cluda'), ('dida','mic','cluda'), ('mic','soft','paste','mmd'), ('dida','mic','cluda','soft','paste','mmd')]
 NOTES = {'bank_mass','bank_entropy'}                     # told, not learnt
 ADDED = dict(dida={'mixed/instance'}, cluda={'source/contrast','mixed/contrast'}, mic={'masked/ce'}, soft={'target/ce'},

@@ -137,7 +137,8 @@ def test_every_dataset_says_where_to_get_it(tmp_path):
 def test_empty_folder(tmp_path):
     (tmp_path/'gta/images').mkdir(parents=True)
     (tmp_path/'gta/images/readme.txt').write_text('x')
-    with pytest.raises(ValueError, match=r"images holds no image of split 'train' that ends in \.png; a published file is images/00001\.png"): SegFolder(GTA, tmp_path)
+    with pytest.raises(ValueError, match=r"images holds no image of split 'train' that ends in \.png; a published file is images/00001\.png"):
+        SegFolder(GTA, tmp_path)
 
 def test_corrupt_image_in_a_folder(gta):
     p = gta/'gta/images/00001.png'

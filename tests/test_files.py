@@ -69,7 +69,9 @@ def test_colours_against_a_naive_loop(tmp_path, h, w, n, seed):
     Image.fromarray(np.array(cols, np.uint8)[which]).save(p := tmp_path/'c.png')
     table = tuple((c, 100*i) for i,c in enumerate(cols))
     assert np.array_equal(read_colors(p, table), which*100)
-    with pytest.raises(ValueError, match=r'c\.png: \d+ colours? that the class list does not have'): read_colors(p, table[:-1]+(((1,2,3),0),)) if (which==len(cols)-1).any() and cols[-1]!=(1,2,3) else read_colors(p, (((1,2,3),0),) if (1,2,3) not in cols else (((4,5,6),0),))
+    if (which==len(cols)-1).any() and cols[-1]!=(1,2,3): table = table[:-1]+(((1,2,3),0),)
+    else: table = (((1,2,3) if (1,2,3) not in cols else (4,5,6),0),)
+    with pytest.raises(ValueError, match=r'c\.png: \d+ colours? that the class list does not have'): read_colors(p, table)
 
 NAMES = [n for n,_ in CITYSCAPES_NAMES]
 
@@ -81,8 +83,8 @@ def test_polygons_equal_cityscapesscripts(seed, n, tmp_path_factory):
     from cityscapesscripts.helpers.annotation import Annotation
     from cityscapesscripts.preparation.json2labelImg import createLabelImage
     rng,d = np.random.default_rng(seed),tmp_path_factory.mktemp('p')
-    obs = [dict(label=str(rng.choice(NAMES+['cargroup','persongroup'])), polygon=rng.integers(-5, 60, (int(rng.integers(3,9)),2)).tolist(), **({'deleted':1} if rng.random()<.1 else {}))
-           for _ in range(n)]
+    obs = [dict(label=str(rng.choice(NAMES+['cargroup','persongroup'])), polygon=rng.integers(-5, 60, (int(rng.integers(3,9)),2)).tolist(),
+                **({'deleted':1} if rng.random()<.1 else {})) for _ in range(n)]
     (d/'x_polygons.json').write_text(json.dumps(dict(imgHeight=40, imgWidth=56, objects=obs)))
     a = Annotation()
     a.fromJsonFile(str(d/'x_polygons.json'))

@@ -31,7 +31,8 @@ def photo(path, seed=0, size=(40,56)):
     return path
 
 # ---- windows
-@pytest.mark.parametrize('size,crop,stride,n', [((1024,2048),1024,512,3), ((1024,1024),512,256,9), ((512,512),512,256,1), ((513,512),512,256,2), ((300,400),512,256,1)])
+@pytest.mark.parametrize('size,crop,stride,n', [((1024,2048),1024,512,3), ((1024,1024),512,256,9), ((512,512),512,256,1),
+                                                   ((513,512),512,256,2), ((300,400),512,256,1)])
 def test_window_counts(size, crop, stride, n): assert len(windows(size, crop, stride))==n
 
 @settings(max_examples=60, deadline=None)
@@ -256,7 +257,8 @@ def test_folder_leaves_out_what_cannot_be_read(tmp_path, net):
     with pytest.raises(ValueError, match='1.png: broken'): go('out')                        # what was left out once is not forgotten
     bad.write_bytes(whole_file); (tmp_path/'in'/'day'/'x.png').rmdir()
     go('out'); go('once')
-    assert {p.relative_to(out): p.read_bytes() for p in out.rglob('*.*')}=={p.relative_to(tmp_path/'once'): p.read_bytes() for p in (tmp_path/'once').rglob('*.*')}
+    held = lambda d: {p.relative_to(d): p.read_bytes() for p in d.rglob('*.*')}
+    assert held(out)==held(tmp_path/'once')
     for p in (tmp_path/'in').rglob('*.png'): p.write_bytes(b'')
     with pytest.raises(ValueError, match='none of 4 images can be read; the first: .*0.png'): go('none', skip_broken=True)
 
@@ -273,7 +275,8 @@ def test_folder_with_a_damaged_record(tmp_path, net):
     out = predict_folder(net, tmp_path/'in', tmp_path/'out', SPACE, quiet=True)
     for text in ('{"weights": ', '[1]', ''):
         (out/'predict.json').write_text(text)
-        with pytest.raises(ValueError, match='predict.json: damaged .* delete .*out and predict again'): predict_folder(net, tmp_path/'in', out, SPACE, quiet=True)
+        with pytest.raises(ValueError, match='predict.json: damaged .* delete .*out and predict again'):
+            predict_folder(net, tmp_path/'in', out, SPACE, quiet=True)
 
 def test_folder_inside_its_images(tmp_path, net):
     photo(tmp_path/'a.png')

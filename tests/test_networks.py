@@ -164,7 +164,8 @@ def test_every_tensor_of_the_package_is_used():
     new = lite_names(raw, [len(s) for s in body.blocks])
     assert len(new)==len(raw)==296
     left = {k for k in new if k not in body.state_dict()}
-    assert left=={'conv_head.weight','classifier.weight','classifier.bias'}|{f'bn2.{k}' for k in ('weight','bias','running_mean','running_var','num_batches_tracked')}
+    assert left=={'conv_head.weight','classifier.weight','classifier.bias',
+                  *(f'bn2.{k}' for k in ('weight','bias','running_mean','running_var','num_batches_tracked'))}
     assert all(new[k].equal(v) for k,v in body.state_dict().items())        # BatchNorm's running statistics too
     assert body.state_dict()['bn1.running_var'].std()>0
 

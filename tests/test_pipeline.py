@@ -207,11 +207,13 @@ def answered(data, tmp_path_factory):
     return out
 
 # stage, what is done to the first file of that name, how many images are asked for again (of four in each folder)
-HOLES = dict(cut_colour=('predict', [('cut','a/color/**/*.png')], 1), no_colour=('predict', [('no','b/color/**/*.png')], 1), no_label=('predict', [('no','b/label/**/*.png')], 1),
-             cut_record=('predict', [('cut','a/predict.json')], 4), no_record=('predict', [('no','b/predict.json')], 4), no_records=('predict', [('no','a/predict.json'), ('no','b/predict.json')], 8),
+HOLES = dict(cut_colour=('predict', [('cut','a/color/**/*.png')], 1), no_colour=('predict', [('no','b/color/**/*.png')], 1),
+             no_label=('predict', [('no','b/label/**/*.png')], 1), cut_record=('predict', [('cut','a/predict.json')], 4),
+             no_record=('predict', [('no','b/predict.json')], 4), no_records=('predict', [('no','a/predict.json'), ('no','b/predict.json')], 8),
              record_and_colour=('predict', [('cut','a/predict.json'), ('cut','a/color/**/*.png')], 4),
              pseudo_cut_record=('pseudo', [('cut','pseudo.json')], 4), pseudo_no_record=('pseudo', [('no','pseudo.json')], 4),
-             pseudo_no_record_no_journal=('pseudo', [('no','pseudo.json'), ('no','pseudo.jsonl')], 4), pseudo_record_and_stamp=('pseudo', [('no','pseudo.json'), ('cut',STAMP)], 4),
+             pseudo_no_record_no_journal=('pseudo', [('no','pseudo.json'), ('no','pseudo.jsonl')], 4),
+             pseudo_record_and_stamp=('pseudo', [('no','pseudo.json'), ('cut',STAMP)], 4),
              pseudo_cut_label=('pseudo', [('cut','gtFine/**/*.png')], 1), pseudo_cut_confidence=('pseudo', [('cut','confidence/**/*.png')], 1))
 
 @pytest.mark.parametrize('case', HOLES)
@@ -235,7 +237,8 @@ def test_a_hole_that_is_not_filled(data, answered, tmp_path):
     whole_file = x.read_bytes()
     x.unlink()
     for _ in range(3):
-        with pytest.raises(RuntimeError, match=f"stage 'predict': its function did not make again what was lost: a/color/.*{x.name}"): Pipeline(out, True).stage('predict', lambda folder: None)
+        with pytest.raises(RuntimeError, match=f"stage 'predict': its function did not make again what was lost: a/color/.*{x.name}"):
+            Pipeline(out, True).stage('predict', lambda folder: None)
         assert read_stamp(f) is None
     pipe,p,_,n = answers(data, out)
     assert (n,x.read_bytes(),p)==(1,whole_file,f) and pipe.table().state[0]=='mended' and sound(out)
@@ -299,7 +302,8 @@ def averaged(data, chain, fail=None):
 def averages(data, ready_made, tmp_path_factory):
     out = Path(shutil.copytree(ready_made, tmp_path_factory.mktemp('swa')/'chain'))
     f = averaged(data, out)[1]
-    assert calls(out)==STEPS and set(outputs(f))=={'recipe.json','inputs.json','log.jsonl','metrics.json','model.safetensors','swa.safetensors','snapshots/2.safetensors','snapshots/4.safetensors'}
+    assert calls(out)==STEPS and set(outputs(f))=={'recipe.json','inputs.json','log.jsonl','metrics.json','model.safetensors',
+                                                      'swa.safetensors','snapshots/2.safetensors','snapshots/4.safetensors'}
     return out
 
 SWA = dict(   # what is done to which file; what is done again

@@ -19,7 +19,8 @@ def drawn(fig):
 def make(n=2, hw=(24,40), space=CITYSCAPES19, seed=0):
     g = np.random.default_rng(seed)
     lbl = g.choice([*range(len(space)),IGNORE], (n,*hw))
-    return Sample(normalize(g.integers(0,256,(n,*hw,3),dtype=np.uint8)), torch.from_numpy(lbl), torch.from_numpy(g.random((n,*hw)).astype('float32')), tuple('ab'*n)[:n])
+    return Sample(normalize(g.integers(0,256,(n,*hw,3),dtype=np.uint8)), torch.from_numpy(lbl),
+                  torch.from_numpy(g.random((n,*hw)).astype('float32')), tuple('ab'*n)[:n])
 
 @pytest.mark.parametrize('space', SPACES.values(), ids=str)
 @pytest.mark.parametrize('hw', [(24,40),(48,16),(32,32)])
@@ -99,7 +100,8 @@ def test_long_run_draws_fast_and_smooth():
     fig = drawn(show_curves([{'it':i,'s/ce':v} for i,v in enumerate(g.random(20000))]))
     assert fig.axes[0].lines[1].get_ydata()[5000:].std()<.05
 
-@pytest.mark.parametrize('log,keys,msg', [([],None,'nothing to draw'), ([{'it':1}],None,'nothing to draw'), ([{'it':1,'a/ce':1.}],['a/c'],"did you mean 'a/ce'")])
+@pytest.mark.parametrize('log,keys,msg', [([],None,'nothing to draw'), ([{'it':1}],None,'nothing to draw'),
+                                          ([{'it':1,'a/ce':1.}],['a/c'],"did you mean 'a/ce'")])
 def test_curves_without_data(log, keys, msg):
     with pytest.raises(ValueError, match=msg): show_curves(log, keys)
 

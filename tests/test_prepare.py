@@ -471,7 +471,8 @@ def test_notebook_refuses_a_misspelt_parameter(tmp_path):
 
 def test_copies_of_another_class_list_are_not_taken(tmp_path):
     "Two descriptions of the same files have copies of their own, also when one goes back to the first"
-    first = dict(folder='g', images='im/*.png', labels='lb/*.png', classes=[dict(name='a', id=1), dict(name='b', id=2)], space=dict(name='s', classes=['a','b']))
+    first = dict(folder='g', images='im/*.png', labels='lb/*.png', classes=[dict(name='a', id=1), dict(name='b', id=2)],
+                 space=dict(name='s', classes=['a','b']))
     specs = [own_dataset('x', d) for d in (first, first | dict(classes=[dict(name='b', id=1), dict(name='a', id=2)]))]
     fake_tree(specs[0], tmp_path, n=3, size=(48,96))
     for s in (*specs, specs[0]):

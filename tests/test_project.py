@@ -214,7 +214,8 @@ def test_constraints_pin_every_requirement():
 
 def test_imports_are_declared():
     "Every package that a module imports is a requirement: the dev extra may be absent where the library is used"
-    dist = dict(PIL='pillow', yaml='pyyaml', segmentation_models_pytorch='segmentation-models-pytorch', cv2='albumentations', kornia_rs='kornia-rs', huggingface_hub='huggingface-hub')
+    dist = dict(PIL='pillow', yaml='pyyaml', segmentation_models_pytorch='segmentation-models-pytorch', cv2='albumentations',
+                kornia_rs='kornia-rs', huggingface_hub='huggingface-hub')
     known = set(settings()['requirements'].split()) | {'udanb'}
     for f in (ROOT/'udanb').rglob('*.py'):
         for o in ast.walk(ast.parse(f.read_text())):

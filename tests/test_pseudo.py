@@ -294,9 +294,11 @@ def test_broken_images_are_left_out(tmp_path):
     whole_file = bad.read_bytes(); bad.write_bytes(whole_file[:99])
     with pytest.raises(ValueError, match=f'{bad.name}: broken image file'): go(net, f, tmp_path/'out', CAMVID11)
     with pytest.raises(KeyboardInterrupt): go(Halt(11), f, tmp_path/'killed', CAMVID11, skip_broken=True)
-    with pytest.raises(ValueError, match=f'killed holds 2 of {n} labels'): stored(recipe(tmp_path/'killed', skip_broken=True), CAMVID, tmp_path, tmp_path/'killed')
+    with pytest.raises(ValueError, match=f'killed holds 2 of {n} labels'):
+        stored(recipe(tmp_path/'killed', skip_broken=True), CAMVID, tmp_path, tmp_path/'killed')
     for k in ('out','killed','once'):
-        with pytest.warns(UserWarning, match=f'1 of {n} images .* left out .skip_broken.: {f.names[1]}'): out = go(net, f, tmp_path/k, CAMVID11, skip_broken=True)
+        with pytest.warns(UserWarning, match=f'1 of {n} images .* left out .skip_broken.: {f.names[1]}'):
+            out = go(net, f, tmp_path/k, CAMVID11, skip_broken=True)
         stamp = read_stamp(out)
         assert stamp['images']==n-1==len(read_rows(out)) and list(stamp['skipped'])==[f.names[1]] and str(tmp_path) not in str(stamp)
         assert stamp['skipped'][f.names[1]].startswith(f'{f.names[1]}: broken image file')

@@ -152,8 +152,9 @@ def test_two_sources_and_two_targets(data, tmp_path):
 def test_broken_files_are_skipped_and_reported(tmp_path):
     "A cut image, a label of another size and one with foreign numbers: an error each; with skip_broken the run ends and names them"
     write_demo(tmp_path/'demo', n_source=6, n_target=4, n_val=3, size=(64,128))
-    bad = [sorted((tmp_path/'demo').glob(g))[k] for g,k in (('gta/images/*.png',0), ('gta/labels/*.png',1), ('gta/labels/*.png',2), ('cityscapes/leftImg8bit/train/*/*.png',1),
-                                                             ('cityscapes/gtFine/val/*/*_labelIds.png',0))]
+    bad = [sorted((tmp_path/'demo').glob(g))[k] for g,k in
+           (('gta/images/*.png',0), ('gta/labels/*.png',1), ('gta/labels/*.png',2), ('cityscapes/leftImg8bit/train/*/*.png',1),
+            ('cityscapes/gtFine/val/*/*_labelIds.png',0))]
     bad[0].write_bytes(bad[0].read_bytes()[:150])
     Image.fromarray(np.full((64,100), 7, np.uint8)).save(bad[1])
     Image.fromarray(np.full((64,128), 99, np.uint8)).save(bad[2])
@@ -277,7 +278,8 @@ def test_visda22_params_ask_for_the_winners_trainings(name):
     p = params('zerowaste' if 'zerowaste' in name else 'town_daformer')
     alone = make_recipe(p['recipe'], p['source'], p['target'], p.get('over', {}) | dict(before=False), backbone=p.get('backbone'), seed=s['seed'])
     assert s['adapt']==alone                                                                # the first stage is the run of that file
-    want = dict(method='selftrain', plus=(), args={}, fd=0., rcs=False, margins='none', steps=alone.steps//4, lr=alone.lr if 'zerowaste' in name else alone.lr/10)
+    want = dict(method='selftrain', plus=(), args={}, fd=0., rcs=False, margins='none', steps=alone.steps//4,
+                lr=alone.lr if 'zerowaste' in name else alone.lr/10)
     assert s['again']==replace(alone, **want) and (s['again'].warmup,s['again'].lr)==((1500,6e-5) if 'zerowaste' in name else (50,pytest.approx(3e-5)))
     assert list(s['kinds'])==['photometric','noise','grid'] and s['threshold']==.9
     assert (s['split'],s['predict_split'],s['seed'])==(('test','test',1) if 'zerowaste' in name else ('train',None,0))
@@ -315,7 +317,8 @@ def test_params_of_visda22_through_their_notebook(data, tmp_path):
 # ---- the run notebook
 
 def papermill(*args, cwd=ROOT, env={}):
-    return subprocess.run([sys.executable, '-m', 'papermill', '--no-progress-bar', *map(str,args)], cwd=cwd, env=ENV | env, capture_output=True, text=True, timeout=400)
+    return subprocess.run([sys.executable, '-m', 'papermill', '--no-progress-bar', *map(str,args)], cwd=cwd, env=ENV | env,
+                          capture_output=True, text=True, timeout=400)
 
 @pytest.mark.parametrize('cwd', ['.', 'nbs'])
 def test_notebook_writes_its_results(data, tmp_path, cwd):

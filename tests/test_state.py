@@ -130,18 +130,21 @@ def test_wrappings(tmp_path, state, wrapped):
 
 def test_mmcv_keeps_its_meta(tmp_path, state):
     meta = dict(epoch=1, CLASSES=('a','b'), PALETTE=[[1,2,3],[4,5,6]], hook_msgs=dict(best_score=np.float64(.6885)))
-    torch.save(dict(meta=meta, optimizer=dict(state={0: dict(step=1, exp_avg=torch.zeros(2))}, param_groups=[dict(lr=6e-5)]), state_dict=state), tmp_path/'w.pth')
+    torch.save(dict(meta=meta, optimizer=dict(state={0: dict(step=1, exp_avg=torch.zeros(2))}, param_groups=[dict(lr=6e-5)]),
+                    state_dict=state), tmp_path/'w.pth')
     got,m = read_state(tmp_path/'w.pth')
     assert same(got, state) and m==meta
     assert unwrap(dict(meta=None, state_dict=state))[1]=={}
 
-@pytest.mark.parametrize('obj,more', [(lambda s: dict(state_dict=s, state_dict_ema=s), 'state_dict_ema beside meta'), (lambda s: dict(student=s, teacher=s), 'student'),
-    (lambda s: dict(model=s, model_ema=dict(module=s)), 'model_ema'), (lambda s: dict(model=s, bank=[torch.zeros(3)]), 'bank'), (lambda s: dict(state_dict=s, model=s), 'model')])
+@pytest.mark.parametrize('obj,more', [(lambda s: dict(state_dict=s, state_dict_ema=s), 'state_dict_ema beside meta'),
+    (lambda s: dict(student=s, teacher=s), 'student'), (lambda s: dict(model=s, model_ema=dict(module=s)), 'model_ema'),
+    (lambda s: dict(model=s, bank=[torch.zeros(3)]), 'bank'), (lambda s: dict(state_dict=s, model=s), 'model')])
 def test_two_networks_are_a_question(state, obj, more):
     with pytest.raises(ValueError, match=f'w.pth: unknown entries {more}.*which network is meant'): unwrap(obj(state), 'w.pth')
 
-@pytest.mark.parametrize('obj,is_', [([1,2], 'list'), (torch.ones(3), 'Tensor'), ({}, 'an empty one'), (dict(lr=.1), "float under 'lr'"), (dict(state_dict=dict(a=1)), "int under 'a'"),
-    (dict(a=torch.ones(1), b=[torch.ones(1)]), "list under 'b'"), ({0: torch.ones(1)}, 'Tensor under 0'), (dict(state_dict={}), 'an empty one'), (dict(model='resnet'), 'str under')])
+@pytest.mark.parametrize('obj,is_', [([1,2], 'list'), (torch.ones(3), 'Tensor'), ({}, 'an empty one'), (dict(lr=.1), "float under 'lr'"),
+    (dict(state_dict=dict(a=1)), "int under 'a'"), (dict(a=torch.ones(1), b=[torch.ones(1)]), "list under 'b'"), ({0: torch.ones(1)}, 'Tensor under 0'),
+    (dict(state_dict={}), 'an empty one'), (dict(model='resnet'), 'str under')])
 def test_anything_but_tensors_is_refused(tmp_path, obj, is_):
     torch.save(obj, tmp_path/'m.pth')
     with pytest.raises(ValueError, match=f'm.pth: not a dictionary of tensors but {is_}.*save `net.state_dict'): read_state(tmp_path/'m.pth')
@@ -156,11 +159,13 @@ def test_every_known_prefix():
 
 def test_one_network_errors(state):
     with pytest.raises(ValueError, match="unknown network 'studnet'; did you mean 'student'"): one_network(state, 'studnet')
-    with pytest.raises(ValueError, match='w.pth: there is no teacher in it; it holds one network, which is taken as the student'): one_network(state, 'teacher', 'w.pth')
+    with pytest.raises(ValueError, match='w.pth: there is no teacher in it; it holds one network, which is taken as the student'):
+        one_network(state, 'teacher', 'w.pth')
     assert same(one_network(state), state)
     both = {f'ema_model.{k}': v for k,v in state.items()}
     with pytest.raises(ValueError, match='there is no student in it; it holds teacher'): one_network(both)
-    with pytest.raises(ValueError, match=r'1 names belong to none of its networks \(teacher\): bank.feat'): one_network(both | {'bank.feat': torch.zeros(3)}, 'teacher')
+    with pytest.raises(ValueError, match=r'1 names belong to none of its networks \(teacher\): bank.feat'):
+        one_network(both | {'bank.feat': torch.zeros(3)}, 'teacher')
 
 # ---- comparing
 

@@ -30,7 +30,8 @@ def ckpt(nets):
     s,t,e = nets
     opt = torch.optim.AdamW(s.parameters()); s(torch.randn(1,3,8,8)).sum().backward(); opt.step()
     return dict(it=7, model=s.state_dict(), opt=opt.state_dict(), sched=dict(last_epoch=7), recipe=json.dumps(dict(name='daformer')),
-                method={f'teacher.net.{k}':v for k,v in t.state_dict().items()} | {f'imnet.{k}':v for k,v in e.state_dict().items()} | {'teacher.it':torch.tensor(7)})
+                method={f'teacher.net.{k}':v for k,v in t.state_dict().items()} | {f'imnet.{k}':v for k,v in e.state_dict().items()}
+                       | {'teacher.it':torch.tensor(7)})
 
 @pytest.fixture
 def published(nets):
@@ -165,7 +166,8 @@ def test_a_file_of_ours_is_one_network(tmp_path, nets):
     wrapped = nn.ModuleDict(dict(model=nets[0], ema_model=nets[1]))
     f = save_weights(tmp_path/'m.safetensors', wrapped)
     assert weights_hash(load_weights(f)[0])==weights_hash(wrapped) and load_into(wrapped, f)['hash']==weights_hash(wrapped)
-    with pytest.raises(ValueError, match='there is no teacher in it; it holds one network'): load_weights(save_weights(tmp_path/'n.safetensors', nets[0]), 'teacher')
+    with pytest.raises(ValueError, match='there is no teacher in it; it holds one network'):
+        load_weights(save_weights(tmp_path/'n.safetensors', nets[0]), 'teacher')
 
 def test_a_checkpoint_converted_to_safetensors(tmp_path, nets, published):
     "Without our hash its prefixes mean what they mean in a .pth"

@@ -16,5 +16,6 @@ if ! diff "$before" "$after"; then
     echo "Generated files were not what the pages say (above: what 'make export' changed). Edit pages, not modules; then commit the result." >&2
     exit 1
 fi
+ruff check --quiet .
 python tools/floors.py udanb nbs
 python tools/nblint.py nbs

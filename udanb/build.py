@@ -51,16 +51,21 @@ def draw_demo(
     demo = root/'demo' if any(s.folder.startswith('demo/') for s in specs) else root if root==resolve('data/demo') else None
     if demo and not ((demo/'demo.json').exists() and read_json(demo/'demo.json')['complete']): write_demo(demo)
 
-def parts(folder)->list: return getattr(folder, 'folders', [folder])   # the `SegFolder`s in it
+def parts(folder)->list:
+    "The `SegFolder`s in it"
+    return getattr(folder, 'folders', [folder])
 
-def box(r:Recipe, spec:SegSpec)->tuple|None: # (H,W) that images of a dataset are fitted into; None = native
+def box(r:Recipe, spec:SegSpec)->tuple|None: # (H,W); None = native
+    "What images of a dataset are fitted into"
     return r.fit or spec.fit and tuple(round(n*r.scale) for n in spec.fit)
 
 # %% ../nbs/61_build.ipynb #c1f6c37c
 def _stores(r):
     "Where the pseudo-labels of each target are"
     at,n = names_of(r.pseudo or ()),len(pair_of(r).targets)
-    if len(at)!=n: raise ValueError(f'selftrain learns stored pseudo-labels of {n} target{"s"*(n>1)}, but pseudo={r.pseudo}; make them with pseudo_label.ipynb and give a folder for each')
+    if len(at)!=n:
+        raise ValueError(f'selftrain learns stored pseudo-labels of {n} target{"s"*(n>1)}, but pseudo={r.pseudo}; '
+                         f'make them with pseudo_label.ipynb and give a folder for each')
     return [resolve(d) for d in at]
 
 def stored(
@@ -72,7 +77,8 @@ def stored(
     "A target as its pseudo-labels see it; images without one are not used, labels that are missing raise `ValueError`"
     space,stamp,n = pair_of(r).space,read_stamp(where),len(labelled(where))
     if n<stamp.get('images', n+1):
-        raise ValueError(f"{where} holds {n} of {stamp.get('images', 'an unknown number of')} labels: the export was not finished, or files were removed; run pseudo_label.ipynb again, it goes on where it stopped")
+        raise ValueError(f"{where} holds {n} of {stamp.get('images', 'an unknown number of')} labels: "
+                         "the export was not finished, or files were removed; run pseudo_label.ipynb again, it goes on where it stopped")
     f = SegFolder(pseudo_spec(spec, where, space), root, stamp['split'], space, limit=r.limit, skip_broken=True)
     f.skipped = stamp.get('skipped', {})      # images that nobody asked to label were not skipped
     return f

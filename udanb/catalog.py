@@ -55,7 +55,8 @@ _NIGHT = tuple(replace(k, folder='gt/{split}') for k in _GT)
 
 ACDC = SegSpec('acdc', 'acdc', 'rgb_anon', ('_rgb_anon.png',), _GT, dict(train='train', val='val', test='test'), native=(1080,1920), fit=(540,960),
     where='https://acdc.vision.ee.ethz.ch: unpack rgb_anon_trainvaltest.zip and gt_trainval.zip so that rgb_anon/ and gt/ lie in it',
-    example={s: tuple((f'rgb_anon/{w}/{s}/GOPR0475/GOPR0475_frame_000041_rgb_anon.png', None if s=='test' else f'gt/{w}/{s}/GOPR0475/GOPR0475_frame_000041_gt_labelIds.png')
+    example={s: tuple((f'rgb_anon/{w}/{s}/GOPR0475/GOPR0475_frame_000041_rgb_anon.png',
+                       None if s=='test' else f'gt/{w}/{s}/GOPR0475/GOPR0475_frame_000041_gt_labelIds.png')
                       for w in ('fog','night','rain','snow')) for s in ('train','val','test')})
 
 DARK_ZURICH = SegSpec('dark_zurich', 'dark_zurich', 'rgb_anon/{split}', ('_rgb_anon.png',), _NIGHT, dict(train='train/night', val='val'),
@@ -103,11 +104,12 @@ _ALL = dict(train=('train','val','test'), val='val', test='test')
 ZEROWASTE_V1 = SegSpec('zerowaste_v1', 'zerowaste-f', '{split}/data', ('.PNG',), (LabelFiles('{split}/sem_seg', '.PNG', _ZERO),), _ALL,
     ZEROWASTE5, native=(1080,1920), fit=(720,1280), where='http://ai.bu.edu/zerowaste (zerowaste-f): unpack it beside the others',
     example=dict(train=tuple((f'{s}/data/{n}.PNG',f'{s}/sem_seg/{n}.PNG') for s,n in
-        (('train','01_frame_000000'),('val','05_frame_000030'),('test','08_frame_000120'))), val=(('val/data/05_frame_000030.PNG','val/sem_seg/05_frame_000030.PNG'),)))
+        (('train','01_frame_000000'),('val','05_frame_000030'),('test','08_frame_000120'))),
+        val=(('val/data/05_frame_000030.PNG','val/sem_seg/05_frame_000030.PNG'),)))
 ZEROWASTE_V1_MERGED = replace(ZEROWASTE_V1, name='zerowaste_v1_merged', folder='zerowastev1', images='data', labels=(LabelFiles('sem_seg', '.PNG', _ZERO),),
     splits=dict(train=''), example=dict(train=(('data/01_frame_000000.PNG','sem_seg/01_frame_000000.PNG'),)))
-ZEROWASTE_V2 = replace(ZEROWASTE_V1, name='zerowaste_v2', folder='zerowaste-v2-splits', suffixes=('.png',), labels=(LabelFiles('{split}/sem_seg', '.png', _ZERO),),
-    where='https://ai.bu.edu/visda-2022 (zerowaste-v2-splits): unpack it beside the others',
+ZEROWASTE_V2 = replace(ZEROWASTE_V1, name='zerowaste_v2', folder='zerowaste-v2-splits', suffixes=('.png',),
+    labels=(LabelFiles('{split}/sem_seg', '.png', _ZERO),), where='https://ai.bu.edu/visda-2022 (zerowaste-v2-splits): unpack it beside the others',
     example=dict(train=tuple((f'{s}/data/{n}.png',None) for s,n in (('train','000001'),('val','000501'),('test','000901'))),
                  val=(('val/data/000501.png','val/sem_seg/000501.png'),), test=(('test/data/000901.png',None),)))
 
@@ -186,7 +188,9 @@ def find_dataset(
     if name in own: return own_dataset(name, own[name])
     return DATASETS.get(f'{name}_{role}') or pick(name, {**DATASETS, **own}, f'{role} dataset'.strip())
 
-def names_of(x)->tuple: return (x,) if isinstance(x,str) else tuple(x)
+def names_of(x)->tuple:
+    "One name or a list of names, as a tuple"
+    return (x,) if isinstance(x,str) else tuple(x)
 
 def find_pair(
     source,      # a key of `PAIRS`, `DATASETS` or `own`, or a list of such

@@ -34,7 +34,9 @@ def weights_of(
     "Its student"
     return Path(run)/'model.safetensors'
 
-def awake(run)->nn.Module: return load_run(run).to('cuda' if torch.cuda.is_available() else 'cpu')   # the student, where it is quickest
+def awake(run)->nn.Module:
+    "The student, where it is quickest"
+    return load_run(run).to('cuda' if torch.cuda.is_available() else 'cpu')
 
 # %% ../nbs/65_chains.ipynb #0638626f
 def sound(
@@ -76,7 +78,8 @@ def _some(kept, threshold):
     "Refuse labels without a labelled pixel: a training on them would only shrink weights"
     if any(t['all']['coverage'] for t in kept.values()): return kept
     said = ', '.join(f"{n} {t['all']['confidence']:.0f} %" for n,t in kept.items())
-    raise ValueError(f'threshold {threshold}: not one pixel is that sure (mean confidence: {said}), so there is nothing to learn. Lower it, or train longer before')
+    raise ValueError(f'threshold {threshold}: not one pixel is that sure (mean confidence: {said}), so there is nothing to learn. '
+                     'Lower it, or train longer before')
 
 def _look(r): return {k: v for k,v in identity(r).items() if k in ('target','datasets','scale','fit','source')}   # what decides which images, and their size
 

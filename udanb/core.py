@@ -109,8 +109,12 @@ def atomic_write(
     finally: tmp.unlink(missing_ok=True)
     return path
 
-def write_json(path, obj): return atomic_write(path, json.dumps(obj, indent=1, default=str)+'\n')
-def read_json(path): return json.loads(Path(path).read_text())
+def write_json(path, obj):
+    "Write JSON, whole or not at all; what JSON does not know is written as text"
+    return atomic_write(path, json.dumps(obj, indent=1, default=str)+'\n')
+def read_json(path):
+    "What a JSON file holds"
+    return json.loads(Path(path).read_text())
 
 # %% ../nbs/00_core.ipynb #34b7820c
 def pick(

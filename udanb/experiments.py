@@ -116,8 +116,8 @@ def results(
         error = j.file('failed').read_text().strip() if not m and j.file('failed').exists() else ''
         score = m.get('miou', {})
         return dict(recipe=j.label, pair=j.pair, seed=j.recipe.seed, state='finished' if m else 'failed' if error else 'waiting', miou=score.get('student'),
-                    teacher=score.get('teacher'), **{k: m.get('label_free', {}).get('student', {}).get(k) for k in BETTER}, steps=m.get('steps', j.steps()), minutes=m['seconds']/60 if m else None,
-                    mib=m.get('peak_mib'), error=error, run=j.name)
+                    teacher=score.get('teacher'), **{k: m.get('label_free', {}).get('student', {}).get(k) for k in BETTER},
+                    steps=m.get('steps', j.steps()), minutes=m['seconds']/60 if m else None, mib=m.get('peak_mib'), error=error, run=j.name)
     return pd.DataFrame([row(j) for j in jobs]).astype(dict.fromkeys(('miou','teacher',*BETTER,'minutes','mib'), float))
 
 def summary(

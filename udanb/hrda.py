@@ -172,11 +172,13 @@ class OnContext(nn.Module):
 # %% ../nbs/23_hrda.ipynb #3c825b08
 @patch
 def ask(self:HRDA, crit:nn.Module)->list: # of criteria
-    "A loss of the logits, on the fused ones with weight 1-λ_d and on the detail's with λ_d; then what the wrapped network asks beside (UPerNet's second classifier)"
+    "A loss of the logits: of the fused ones with weight 1-λ_d, of the detail's with λ_d; then what the wrapped network asks beside"
     _,*more = self.net.ask(crit)
     fused,detail = copy(crit),OnDetail(crit)
     fused.w = crit.w*(1-detail.w)
     return [fused,detail,*more]
 
 @patch
-def ask_feats(self:HRDA, crit:nn.Module)->nn.Module: return OnContext(crit)
+def ask_feats(self:HRDA, crit:nn.Module)->nn.Module:
+    "A criterion of the encoder's features is asked of the context's"
+    return OnContext(crit)

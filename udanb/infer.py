@@ -105,7 +105,8 @@ def _classes(
     name,          # for messages
 )->Tensor: # (B,H,W) int64
     "The most likely class of each pixel; NaN or an unexpected number of classes raises"
-    if logits.shape[1]!=n: raise ValueError(f'the network tells {logits.shape[1]} classes apart, {n} are expected; were its weights made for another label space?')
+    if logits.shape[1]!=n:
+        raise ValueError(f'the network tells {logits.shape[1]} classes apart, {n} are expected; were its weights made for another label space?')
     if not logits.isfinite().all(): raise FloatingPointError(f'{name}: the network returned NaN or infinity; are its weights those of a run that diverged?')
     return upsample(logits, size).argmax(1)
 
@@ -188,7 +189,8 @@ def _claim(
     "Make sure that what lies in `out` was made the same way; raises `ValueError` or `FileExistsError`"
     stamp,made = out/'predict.json',json.loads(json.dumps(made))
     if not stamp.exists():
-        if old := [p for f in files for p in _there(out, f)]: raise FileExistsError(f'{old[0]} is there and was not written by predict_folder; choose another `out`')
+        if old := [p for f in files for p in _there(out, f)]:
+            raise FileExistsError(f'{old[0]} is there and was not written by predict_folder; choose another `out`')
         write_json(stamp, made)
     elif (was := {k:v for k,v in _record(stamp).items() if k!='skipped'})!=made:
         diff = ', '.join(f'{k} {was.get(k)} then, {made.get(k)} now' for k in {**made,**was} if was.get(k)!=made.get(k))

@@ -52,7 +52,9 @@ def classifier(
     nn.init.normal_(conv.weight, std=0.01); nn.init.zeros_(conv.bias)
     return conv
 
-def resize(x, size): return x if x.shape[-2:]==size else F.interpolate(x, size=size, mode='bilinear', align_corners=False)
+def resize(x, size):
+    "(B,C,h,w) at another size, bilinear"
+    return x if x.shape[-2:]==size else F.interpolate(x, size=size, mode='bilinear', align_corners=False)
 
 # %% ../nbs/20_layers.ipynb #24d8502a
 def _deal(x, d):

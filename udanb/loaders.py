@@ -49,15 +49,25 @@ def _at(self:SegConcat, i, what, *args):
     return getattr(self.folders[k], what)(j, *args)
 
 @patch
-def image(self:SegConcat, i): return self._at(i, 'image')
+def image(self:SegConcat, i):
+    "Image `i`, (H,W,3) uint8 RGB"
+    return self._at(i, 'image')
 @patch
-def label(self:SegConcat, i, hw=None): return self._at(i, 'label', hw)
+def label(self:SegConcat, i, hw=None):
+    "Label of image `i`, as its folder reads it"
+    return self._at(i, 'label', hw)
 @patch
-def path(self:SegConcat, i): return self._at(i, 'path')
+def path(self:SegConcat, i):
+    "Where image `i` is"
+    return self._at(i, 'path')
 @patch
-def label_path(self:SegConcat, i): return self._at(i, 'label_path')
+def label_path(self:SegConcat, i):
+    "Where the label of image `i` is"
+    return self._at(i, 'label_path')
 @patch
-def size(self:SegConcat, i): return self._at(i, 'size')
+def size(self:SegConcat, i):
+    "(H,W) of image `i`"
+    return self._at(i, 'size')
 
 @patch(as_prop=True)
 def labels(self:SegConcat):

@@ -63,10 +63,10 @@ def _classes(name, d, space, form):
 FORMS = ('ids','colors','last','polygons')
 _KEYS = ('folder','images','labels','splits','form','classes','space','merge','margins','native','fit','drop','where')
 
-def _cut(name, what, pattern):
+def _cut(name, what, p):
     "A pattern's folder and suffix"
-    if pattern.count('*')!=1 or '/' in pattern.split('*')[1]: raise ValueError(f"dataset '{name}', {what}: '{pattern}' should look like photos/{{split}}/*.jpg, with one *")
-    return pattern.split('*')[0].rstrip('/') or '.',pattern.split('*')[1]
+    if p.count('*')!=1 or '/' in p.split('*')[1]: raise ValueError(f"dataset '{name}', {what}: '{p}' should look like photos/{{split}}/*.jpg, with one *")
+    return p.split('*')[0].rstrip('/') or '.',p.split('*')[1]
 
 def own_dataset(
     name:str,
@@ -153,7 +153,7 @@ def fake_tree(
 def _once(path, write): return path if path.exists() else atomic_write(path, write)
 def _partner(spec, split, name, kind):
     "The label path that belongs to an image path"
-    parts = spec.splits[split]
+    parts,files = spec.splits[split],spec.labels[kind]
     for p in (parts,) if isinstance(parts,str) else parts:
         d = '' if (d := spec.images.format(split=p))=='.' else d+'/'
-        if name.startswith(d): return f'{spec.labels[kind].folder.format(split=p)}/{name[len(d):-max(len(s) for s in spec.suffixes if name.endswith(s))]}{spec.labels[kind].suffix}'
+        if name.startswith(d): return f'{files.folder.format(split=p)}/{name[len(d):-max(len(s) for s in spec.suffixes if name.endswith(s))]}{files.suffix}'

@@ -196,7 +196,8 @@ def stage(self:Pipeline,
             self._say(f'mending {folder.name}: {_list(bad)}' if bad else f"{'going on with' if begun else 'making'} {folder.name}")
             res = do(folder)
             if gone := lost(folder):
-                raise RuntimeError(f"stage '{name}': its function did not make again what was lost: {_list(gone)}. If it can only make all at once, remove {folder}")
+                raise RuntimeError(f"stage '{name}': its function did not make again what was lost: {_list(gone)}. "
+                                   f"If it can only make all at once, remove {folder}")
             s = write_stamp(folder, t, res, t0)
             (folder/LOST).unlink(missing_ok=True)
             return self._row('mended' if bad else 'made', folder, s)
@@ -232,7 +233,8 @@ def ready(
     r:Recipe,
 ):
     "Leave in a run's folder only what `run` may go on from"
-    ckpt,log,weights,results,recipe,average = (Path(folder)/n for n in ('checkpoint.pt','log.jsonl','model.safetensors','metrics.json','recipe.json','swa.safetensors'))
+    ckpt,log,weights,results,recipe,average = (Path(folder)/n for n in ('checkpoint.pt','log.jsonl','model.safetensors','metrics.json',
+                                                                        'recipe.json','swa.safetensors'))
     it = (_try(read_torch, ckpt) or {}).get('it', 0)
     steps = [row['it'] for row in _try(read_log, log, r.steps) or ()]
     if steps[:it]!=[*range(1, it+1)]: _gone(ckpt, log)

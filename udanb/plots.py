@@ -87,7 +87,8 @@ def _grid(pics, rows, cols=None, marks=(), width=7.2, tall=1.7, extra=0.):
             if p.ndim==2 and c==n-1: fig.colorbar(im, cax=ax.inset_axes([1.03,0,.03,1]), ticks=[0,1]).outline.set_visible(False)
         axs[r,0].set_ylabel(name)
     for ax,name in zip(axs[0], cols or ()): ax.set_title(_short(name, max(int(cw*13),3)), pad=3)
-    if marks: fig.legend(handles=marks, loc='outside lower center', ncols=ceil(len(marks)/lines), handlelength=1, handleheight=1, columnspacing=1, handletextpad=.4)
+    if marks: fig.legend(handles=marks, loc='outside lower center', ncols=ceil(len(marks)/lines), handlelength=1, handleheight=1,
+                         columnspacing=1, handletextpad=.4)
     return fig,axs
 
 # %% ../nbs/02_plots.ipynb #ae1cc38f
@@ -186,7 +187,8 @@ def show_iou(
 def _kind(key):
     "The panel a column of the log belongs to, or ''"
     first = key.split('/')[0]
-    return {'q':'trust q', 'lr':'learning rate', 'miou':'mIoU (%)', 'loss':'loss'}.get(first, 'loss' if '/' in key and first not in ('iou','acc','time') else '')
+    other = 'loss' if '/' in key and first not in ('iou','acc','time') else ''
+    return {'q':'trust q', 'lr':'learning rate', 'miou':'mIoU (%)', 'loss':'loss'}.get(first, other)
 
 def _curves(ax, df, keys, smooth):
     "One line per column, smoothed over its shadow, or dotted where it was measured"

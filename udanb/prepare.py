@@ -69,7 +69,9 @@ class _Work:
         i = self.todo[n]
         return treat(self.folder, i, had=self.had.get(i, ()), **self.kw)
 
-def cores()->int: return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+def cores()->int:
+    "How many CPU cores this process may use"
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 def _calm(_): cv2.setNumThreads(0)   # one thread for each worker, or they fight for the cores
 def _same(x): return x
 def _bare(r): return r | dict(label=None, px=None, odd={}, faults=[f for f in r['faults'] if f[1]==r['name']])   # a row without its label

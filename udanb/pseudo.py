@@ -42,7 +42,9 @@ def sure(
     return lbl,torch.where(conf<t.to(conf)[lbl], IGNORE, lbl),conf
 
 # %% ../nbs/46_pseudo.ipynb #95c48ac8
-def numbers(space)->tuple: return tuple(space.train_ids or range(len(space)))   # class -> number in the files
+def numbers(space)->tuple:
+    "The number of each class in the files"
+    return tuple(space.train_ids or range(len(space)))
 
 def place(
     spec,  # `SegSpec`
@@ -125,7 +127,8 @@ def _claim(
 def _afresh(out, files):
     "Nothing says how what is there was made: what the journal knows is removed, what it does not know is foreign"
     ours = {f for r in read_rows(out).values() for f in r['bytes'] if (out/f).resolve().is_relative_to(out.resolve())}
-    if old := [out/f for f in files if f not in ours and (out/f).exists()]: raise FileExistsError(f'{old[0]} was not written by export_pseudo; choose another `out`')
+    if old := [out/f for f in files if f not in ours and (out/f).exists()]:
+        raise FileExistsError(f'{old[0]} was not written by export_pseudo; choose another `out`')
     for f in (*ours,'pseudo.jsonl'): (out/f).unlink(missing_ok=True)
 
 def read_stamp(out)->dict:
@@ -153,9 +156,9 @@ def export_pseudo(
     "Write a pseudo-label for each image, in the image's own size; finished ones are not made again"
     out,t,dev = resolve(out),thresholds(space, threshold),device or next((p.device for p in net.parameters()), 'cpu')
     files = _files(folder, out, space)
-    _claim(out, dict(weights=weights_hash(net), dataset=folder.spec.name, split=folder.split, layout=place(folder.spec, space), classes=space.classes, numbers=numbers(space),
-                     threshold=dict(zip(space.classes, [round(v,6) for v in t.tolist()])), confidence=confidence, tfm=plain_repr(tfm), mode=plain_repr(mode),
-                     crop=crop, stride=stride), files, folder.names)
+    _claim(out, dict(weights=weights_hash(net), dataset=folder.spec.name, split=folder.split, layout=place(folder.spec, space),
+                     classes=space.classes, numbers=numbers(space), threshold=dict(zip(space.classes, [round(v,6) for v in t.tolist()])),
+                     confidence=confidence, tfm=plain_repr(tfm), mode=plain_repr(mode), crop=crop, stride=stride), files, folder.names)
     rows,lost = read_rows(out),{}
     left = [i for i,n in enumerate(folder.names) if n not in rows or files[i] not in rows[n]['bytes'] or not stands(out, rows[n])]
     with _open_journal(out) as log, inferring(net):

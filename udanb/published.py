@@ -14,7 +14,7 @@ from .segmentor import published_keys, to_published, from_published
 from .state import ROLES, diff_lines, key_diff, one_network, read_state
 
 # %% ../nbs/24_published.ipynb #1e2be694
-_all_ = ['published_keys', 'to_published', 'from_published', 'ROLES', 'one_network']   # defined in `segmentor` and `state`; they belong to this page's names as well
+_all_ = ['published_keys', 'to_published', 'from_published', 'ROLES', 'one_network']   # of `segmentor` and `state`; they are this page's names as well
 
 # %% ../nbs/24_published.ipynb #3162b91b
 _MITS = {(32,(2,2,2,2)):'mit_b0', (64,(2,2,2,2)):'mit_b1', (64,(3,4,6,3)):'mit_b2', (64,(3,4,18,3)):'mit_b3', (64,(3,8,27,3)):'mit_b4',

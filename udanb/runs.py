@@ -46,7 +46,7 @@ NETWORKS = RUN_FILES | dict(swa='swa.safetensors')   # of a run, and where they 
 
 def taken(
     r:Recipe,
-)->dict: # where the recipe names it, like args.distill.teachers.0 -> first digits of a SHA-256: of tensors, of other files' bytes, of the journal of stored pseudo-labels
+)->dict: # its place in the recipe, like args.distill.teachers.0 -> first digits of a SHA-256 (tensors, other files' bytes, a pseudo-label journal)
     "What a run takes from files"
     def walk(k, x):
         if isinstance(x, str): yield k,x
@@ -77,7 +77,8 @@ def run(
     out = resolve(out or f'outputs/{run_name(r)}')
     if (out/'recipe.json').exists(): same_recipe(read_json(out/'recipe.json'), identity(r), out/'recipe.json')
     if (out/'inputs.json').exists(): same_recipe(read_json(out/'inputs.json'), taken(r), out/'inputs.json')
-    if (out/'metrics.json').exists() and not (out/'recipe.json').exists(): raise ValueError(f'{out} holds results, but no recipe.json says of what; remove it, or choose another `out`')
+    if (out/'metrics.json').exists() and not (out/'recipe.json').exists():
+        raise ValueError(f'{out} holds results, but no recipe.json says of what; remove it, or choose another `out`')
     if (out/'metrics.json').exists() and (out/'model.safetensors').exists(): return out
     t = build(r, data_root, out, quiet)
     try:
@@ -89,7 +90,9 @@ def run(
     nets = dict(student=t.student) | ({} if t.teacher is None else dict(teacher=t.teacher.net)) | (dict(swa=averaged(t)) if r.cycles else {})
     if 'swa' in nets and t.evaluate: log[-1] = log[-1] | {f'{k}/swa': v for k,v in t.evaluate(nets['swa']).items()}
     write_json(out/'metrics.json', m := metrics(r, log, t) | dict(label_free=blind(r, nets, data_root)))
-    if m['skipped']: warnings.warn(f"{len(m['skipped'])} files could not be used and were left out (skip_broken): {', '.join(list(m['skipped'])[:5])} …; {out/'metrics.json'} says why")
+    if m['skipped']:
+        warnings.warn(f"{len(m['skipped'])} files could not be used and were left out (skip_broken): {', '.join(list(m['skipped'])[:5])} …; "
+                      f"{out/'metrics.json'} says why")
     return out
 
 # %% ../nbs/62_runs.ipynb #58f0b26c
@@ -132,7 +135,9 @@ def metrics(
     t:Trainer,
 )->dict:
     "What `metrics.json` holds"
-    if len(log)!=t.steps: raise ValueError(f"{t.out/'log.jsonl'} has {len(log)} of {t.steps} rows, though the checkpoint is at the end: rows were lost. Remove checkpoint.pt and log.jsonl to train again")
+    if len(log)!=t.steps:
+        raise ValueError(f"{t.out/'log.jsonl'} has {len(log)} of {t.steps} rows, though the checkpoint is at the end: rows were lost. "
+                         "Remove checkpoint.pt and log.jsonl to train again")
     last = log[-1]
     who = [k.split('/')[1] for k in last if k.startswith('miou/')]
     return dict(miou={w: last[f'miou/{w}'] for w in who}, iou={w: last[f'iou/{w}'] for w in who}, recipe=recipe_name(r), source=r.source, target=r.target,
@@ -176,8 +181,8 @@ def baseline(
     "The source-only run with the same network, batches and number of steps"
     if not r.before or r.method in ONE_DOMAIN: return None
     plain = make_recipe('source_only', r.source, r.target, datasets=r.datasets)
-    return replace(r, method='source_only', plus=(), args={}, init=None, cycles=None, alpha=plain.alpha, fd=plain.fd, tau=plain.tau, bn=plain.bn, rcs=plain.rcs, jitter=plain.jitter, blur=plain.blur,
-                   margins=plain.margins)
+    return replace(r, method='source_only', plus=(), args={}, init=None, cycles=None, alpha=plain.alpha, fd=plain.fd,
+                   tau=plain.tau, bn=plain.bn, rcs=plain.rcs, jitter=plain.jitter, blur=plain.blur, margins=plain.margins)
 
 # %% ../nbs/62_runs.ipynb #b8d07795
 def read_run(
@@ -214,13 +219,15 @@ def open_run(
 def _only(folder):
     "The one file of weights in a folder"
     files = sorted(folder.glob('*.safetensors'))
-    if len(files)!=1: raise FileNotFoundError(f'{folder} is not the folder of a run (it has no recipe.json) and holds {len(files)} .safetensors files; give one of them')
+    if len(files)!=1:
+        raise FileNotFoundError(f'{folder} is not the folder of a run (it has no recipe.json) and holds {len(files)} .safetensors files; give one of them')
     return files[0]
 
 def _of_file(file, which):
     "Network and recipe of one file of weights"
     meta = load_weights(file)[1]
-    if 'recipe' not in meta: raise ValueError(f'{file} does not say which recipe it belongs to, so its network is unknown; demo_image.ipynb reads released files')
+    if 'recipe' not in meta:
+        raise ValueError(f'{file} does not say which recipe it belongs to, so its network is unknown; demo_image.ipynb reads released files')
     if which!='student': raise ValueError(f'{file} holds one network; for the {which} give the folder of its run')
     r = from_json(json.loads(meta['recipe']))
     net = network(r, len(pair_of(r).space))

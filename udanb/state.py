@@ -130,7 +130,8 @@ def key_diff(
     "What keeps `state` from fitting; empty if it fits"
     shape = lambda t: 'x'.join(map(str, t.shape)) or 'scalar'
     diff = dict(missing=[k for k in own if k not in state], unexpected=[k for k in state if k not in own],
-                mismatching=[f'{k} ({shape(state[k])} in the file, {shape(v)} in the network)' for k,v in own.items() if k in state and state[k].shape!=v.shape])
+                mismatching=[f'{k} ({shape(state[k])} in the file, {shape(v)} in the network)' for k,v in own.items()
+                             if k in state and state[k].shape!=v.shape])
     return {k:v for k,v in diff.items() if v}
 
 def diff_lines(

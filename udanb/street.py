@@ -62,7 +62,9 @@ def _circle(n): return [(np.cos(a),np.sin(a)) for a in np.linspace(0, 2*np.pi, n
 def _disc(r, y, x=0., n=14, wide=1., lo=-9.): return [(x+wide*r*c, y+r*s) for c,s in _circle(n) if s>=lo]
 
 @patch
-def shadow(self:Street, cls, x, z, w, d=.5): self.add(cls, 'shadow', [(x+a,0,z+b*d/w) for a,b in _disc(w,0.,n=12)])
+def shadow(self:Street, cls, x, z, w, d=.5):
+    "A dark ellipse on the ground, 2w wide and 2d deep; `cls` is the class of that ground"
+    self.add(cls, 'shadow', [(x+a,0,z+b*d/w) for a,b in _disc(w,0.,n=12)])
 
 @patch
 def tree(self:Street, x, z, cls=TERRAIN):

@@ -101,7 +101,9 @@ class Trainer:
     ):
         store_attr(but='model,groups')
         self.acc,self.out,self.it = acc or Accelerator(),Path(out),0
-        if self.acc.num_processes>1: raise ValueError(f'{self.acc.num_processes} processes: all would train on the same batches and write the same files; run one process (and several runs side by side, see experiments.ipynb)')
+        if self.acc.num_processes>1:
+            raise ValueError(f'{self.acc.num_processes} processes: all would train on the same batches and write the same files; '
+                             'run one process (and several runs side by side, see experiments.ipynb)')
         extra = [p for p in method.parameters() if p.requires_grad]
         groups = groups + ([dict(params=extra, lr=max(g['lr'] for g in groups))] if extra else [])
         self.base = [g['lr'] for g in groups]

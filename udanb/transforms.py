@@ -181,8 +181,12 @@ def to_sample(
     return Sample(normalize(img)[None], None if lbl is None else t(lbl).long(), None if valid is None else t(valid).float(), (str(name),))
 
 # %% ../nbs/11_transforms.ipynb #89e81347
-def brightness(x, f): return (x+(f-1)).clamp(0,1)
-def contrast(x, f): return (x*f).clamp(0,1)
+def brightness(x, f):
+    "Add f-1 to each channel, kept in [0,1]"
+    return (x+(f-1)).clamp(0,1)
+def contrast(x, f):
+    "Multiply each channel by f, kept in [0,1]"
+    return (x*f).clamp(0,1)
 
 def saturation(
     x:Tensor, # (3,H,W) in [0,1]
