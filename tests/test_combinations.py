@@ -55,7 +55,7 @@ def test_two_steps_and_a_gradient_from_each(plus, net, data, tmp_path):
     batches = [b[:2] for b in t.loader(0)]
     logs = [t.step(*b) for b in batches]
     assert t.it==2 and all(math.isfinite(v) for l in logs for v in l.values())
-    seed_all(0)
+    seed_all(1)                                                 # details of several classes: one alone has nothing to contrast
     step = Step(*batches[0], t.student, t.teacher, 2)
     got = gradients(t, step)
     beside = [n for n,k in (('detail','hrda'), ('fcn','upernet')) if k in net]      # what the network is asked beside its logits

@@ -154,7 +154,7 @@ def load_bank(
 )->InstanceBank:
     "Read rows in DIDA's form"
     folder = resolve(folder)
-    if lost := [f for f in FILES if not (folder/f).exists()]: raise FileNotFoundError(f'{folder/lost[0]}: not there; a bank is the two files {" and ".join(FILES)}')
+    if lost := [f for f in FILES if not (folder/f).exists()]: raise FileNotFoundError(f'{folder/lost[0]} is not there; a bank is {" and ".join(FILES)}')
     feat,lbl = (torch.from_numpy(np.load(folder/f)['arr_0']).to(bank.feat.device) for f in FILES)
     if feat.shape!=(len(lbl),bank.feat.shape[1]):
         raise ValueError(f'{folder}: embeddings {tuple(feat.shape)} for {len(lbl)} labels; this network needs ({len(lbl)}, {bank.feat.shape[1]})')
@@ -285,7 +285,7 @@ def dida(
     lam=None,       # weight of the instance loss; None = .2, published .5
     rows=16,        # of the bank, per class
     tau=.1,         # temperature
-    alpha=1.,       # the teacher's share in the pseudo-labels; 1 = its alone, as in all published runs
+    alpha=None,     # the classifier's share in the pseudo-labels; None = 0, published 1
     every=None,     # steps between updates of the bank; None = 1, published 50
     m=None,         # its momentum; None = 0 (replace), published .999
     edge=True,      # candidates hold a boundary pixel
@@ -294,12 +294,12 @@ def dida(
 )->Method:
     "Dual-level interaction on top of self-training"
     passes = {p.name: p for p in method.passes}
-    if not {'source','mixed'}<=passes.keys(): raise ValueError(f"dida: passes 'source' and 'mixed' are needed, this method has {', '.join(passes)}; add it to dacs or daformer")
-    every,m = (50 if parity else 1) if every is None else every, (.999 if parity else 0.) if m is None else m
+    if not {'source','mixed'}<=passes.keys(): raise ValueError(f"dida needs passes 'source' and 'mixed', not {', '.join(passes)}: add it to dacs or daformer")
+    every,m,lam,alpha = (u if v is None else v for u,v in zip((50,.999,.5,1.) if parity else (1,0.,.2,0.), (every,m,lam,alpha)))
     b = InstanceBank(n_classes, ch or getattr(net, 'net', net).head.ch, rows, m)
     if bank is not None: load_bank(b, bank)
     tau = None if parity else tau
     passes['source'].crits.extend([Remember(b, every, edge, tau, parity), Noted(b, 0, 'bank_entropy')])
-    passes['mixed'].crits.append(InstanceLoss(b, (.5 if parity else .2) if lam is None else lam, tau, parity))
+    passes['mixed'].crits.append(InstanceLoss(b, lam, tau, parity))
     if alpha<1: passes['mixed'].view = Calibrated(passes['mixed'].view, b, alpha, tau, parity)
     return method
