@@ -8,6 +8,7 @@ from udanb.demo import write_demo
 from udanb.methods.cluda import Aimed
 from udanb.methods.dida import Calibrated
 from udanb.methods.options import Paste, pass_of
+from udanb.experiments import RUN
 from udanb.recipes import make_recipe, pair_of
 from udanb.segmentor import param_groups, segmentor
 from udanb.train import Step
@@ -108,11 +109,12 @@ def test_mic_of_both_domains_has_no_colours(data, tmp_path):
 # ---- params/ at paper settings, against the spec's matrix
 
 HALF,FULL = dict(hrda=False, scale=1., crop=(512,512), rcs_ratio=.5),dict(hrda=True, scale=2., crop=(1024,1024), rcs_ratio=2.)
+RELEASED = dict(plus=('dida',), args=dict(dida=dict(alpha=1)))        # labels from the classifier alone
 NIGHT = FULL | dict(plus=('mic',), source='cityscapes', args=dict(mic=dict(mode='both')))
 PAPER = dict(
     gta_mic=HALF | dict(plus=('mic',)), gta_hrda=FULL | dict(plus=()), gta_mic_hrda=FULL | dict(plus=('mic',)),
-    gta_cluda_hrda=FULL | dict(plus=('cluda',)), gta_dida=HALF | dict(plus=('dida',)),
-    synthia_daformer=HALF | dict(plus=()), synthia_mic_hrda=FULL | dict(plus=('mic',)), synthia_dida=HALF | dict(plus=('dida',)),
+    gta_cluda_hrda=FULL | dict(plus=('cluda',)), gta_dida=HALF | RELEASED,
+    synthia_daformer=HALF | dict(plus=()), synthia_mic_hrda=FULL | dict(plus=('mic',)), synthia_dida=HALF | RELEASED,
     **{f'cityscapes_{t}_mic_hrda': NIGHT | dict(target=t) for t in ('acdc','dark_zurich')})
 SAME = dict(
     method='daformer', backbone='mit_b5', weights='imagenet', head='daformer', dim=None, ch=None, steps=40_000, batch=2, lr=6e-5, head_mult=10.,
@@ -121,6 +123,7 @@ SAME = dict(
 def asked(stem):
     text = (ROOT/'params'/f'{stem}.yaml').read_text(); p = yaml.safe_load(text)
     assert f'-f params/{stem}.yaml' in text and f'outputs/{stem}.ipynb' in text and '# Expect:  not run here' in text
+    assert set(p)<=set(RUN), p
     return make_recipe(p['recipe'], p['source'], p['target'], p.get('over', {}), **{k: p.get(k) for k in ('backbone','steps','seed')})
 
 @pytest.mark.parametrize('stem', PAPER)

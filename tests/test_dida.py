@@ -196,3 +196,21 @@ def test_a_resumed_run_is_the_same_run(tmp_path):
 def test_needs_its_passes():
     net = segmentor('mit_b0', 19, dim=16)
     with pytest.raises(ValueError, match="'source' and 'mixed', not source"): dida(source_only(net), net, 19)
+
+def test_usual_settings():
+    seed_all(0); net = segmentor('mit_b0', 19, dim=16)
+    add = lambda net,**kw: dida(daformer(net, fd=0, tau=.05, strong=Strong(), parity=kw.get('parity', False)), net, 19, **kw)
+    m = add(net); view,loss,keep = m.passes[1].view,m.passes[1].crits[-1],m.passes[0].crits[-2]
+    assert isinstance(view, Calibrated) and (view.alpha,loss.w,loss.tau,keep.every,keep.bank.m)==(0,.2,.1,1,0)
+    step = Step(*PAIR, net, m.teacher)
+    for _ in range(16): view.bank.put(torch.rand(19,16), torch.ones(19, dtype=torch.bool))
+    opinion = F.interpolate(aggregate(view.bank.sims(step.teach.fused).softmax(1), view.bank.label, 19), (64,128), mode='bilinear').argmax(1)
+    own = step.pseudo.wgt
+    view(step)
+    assert (step.pseudo.lbl==opinion).float().mean()>.999 and step.pseudo.wgt.equal(own)      # the bank names the class, the classifier says how sure
+    old = add(segmentor('mit_b0', 19, dim=16), parity=True); loss,keep = old.passes[1].crits[-1],old.passes[0].crits[-2]
+    assert not isinstance(old.passes[1].view, Calibrated) and (loss.w,loss.tau,keep.every,keep.bank.m)==(.5,None,50,.999)
+    wide = HRDA(segmentor('mit_b0', 19, dim=16), 32, dim=16)
+    assert not isinstance(add(wide).passes[1].view, Calibrated)                                # its embeddings know nothing of the detail
+    for alpha in (-.1, 2):
+        with pytest.raises(ValueError, match='between 0 and 1'): add(net, alpha=alpha)

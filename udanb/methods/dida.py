@@ -214,8 +214,7 @@ def target_pixels(
     x:Sample, step, # a mixture; with `src` and `pseudo`
 )->Tensor: # (B,H,W) bool
     "Labelled pixels that were not pasted"
-    ps = step.pseudo
-    return ((x.wgt<1) | (ps.wgt==1)&(x.lbl==ps.lbl)&(x.lbl!=step.src.lbl)) & (x.lbl!=IGNORE)
+    return ((x.wgt<1) | (step.pseudo.wgt==1)&(x.lbl==step.pseudo.lbl)&(x.lbl!=step.src.lbl)) & (x.lbl!=IGNORE)
 
 class InstanceLoss(nn.Module):
     "Mixed pass: the student's profile should be the teacher's, corrected by its class probabilities"
@@ -285,7 +284,7 @@ def dida(
     lam=None,       # weight of the instance loss; None = .2, published .5
     rows=16,        # of the bank, per class
     tau=.1,         # temperature
-    alpha=None,     # the classifier's share in the pseudo-labels; None = 0, published 1
+    alpha=None,     # the classifier's share in the pseudo-labels; None = 0, on HRDA 1; published 1
     every=None,     # steps between updates of the bank; None = 1, published 50
     m=None,         # its momentum; None = 0 (replace), published .999
     edge=True,      # candidates hold a boundary pixel
@@ -294,11 +293,12 @@ def dida(
 )->Method:
     "Dual-level interaction on top of self-training"
     passes = {p.name: p for p in method.passes}
+    if alpha is not None and not 0<=alpha<=1: raise ValueError(f'dida: alpha={alpha} should be a share between 0 and 1')
     if not {'source','mixed'}<=passes.keys(): raise ValueError(f"dida needs passes 'source' and 'mixed', not {', '.join(passes)}: add it to dacs or daformer")
-    every,m,lam,alpha = (u if v is None else v for u,v in zip((50,.999,.5,1.) if parity else (1,0.,.2,0.), (every,m,lam,alpha)))
-    b = InstanceBank(n_classes, ch or getattr(net, 'net', net).head.ch, rows, m)
+    usual = (50,.999,.5,1.) if parity else (1,0.,.2,1. if hasattr(net, 'net') else 0.)
+    every,m,lam,alpha = (u if v is None else v for u,v in zip(usual, (every,m,lam,alpha)))
+    b,tau = InstanceBank(n_classes, ch or getattr(net, 'net', net).head.ch, rows, m),None if parity else tau
     if bank is not None: load_bank(b, bank)
-    tau = None if parity else tau
     passes['source'].crits.extend([Remember(b, every, edge, tau, parity), Noted(b, 0, 'bank_entropy')])
     passes['mixed'].crits.append(InstanceLoss(b, lam, tau, parity))
     if alpha<1: passes['mixed'].view = Calibrated(passes['mixed'].view, b, alpha, tau, parity)
