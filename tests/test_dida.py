@@ -179,9 +179,9 @@ def test_bfloat16_is_finite_and_near():
     assert all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None) and both[1]==pytest.approx(both[0], rel=.1)
 
 def test_a_resumed_run_is_the_same_run(tmp_path):
-    def run(out, steps, stop=None):
+    def run(out, steps, stop=None, **kw):
         seed_all(0); net = segmentor('mit_b0', 19, dim=16)
-        m = dida(daformer(net, fd=0, tau=.05, strong=Strong()), net, 19)
+        m = dida(daformer(net, fd=0, tau=.05, strong=Strong()), net, 19, **kw)
         t = Trainer(net, m, param_groups(net, lr=1e-3), lambda start: (PAIR for _ in range(start, stop or steps)), steps, out, quiet=True)
         t.fit(); t.save()
         return t
@@ -192,6 +192,7 @@ def test_a_resumed_run_is_the_same_run(tmp_path):
     assert b.it==4 and was.keys()==now.keys() and a.method.passes[0].crits[-1].bank.valid.sum()>8
     assert not [k for k,v in was.items() if not now[k].equal(v)]
     assert a.method.passes[0].crits[-1].bank is a.method.passes[1].crits[-1].bank          # one bank in two criteria
+    with pytest.raises(ValueError, match='another version of this method: .* unexpected: .*Finish the run with that version'): run(tmp_path/'b', 4, alpha=1.)
 
 def test_needs_its_passes():
     net = segmentor('mit_b0', 19, dim=16)

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from fastcore.basics import patch, store_attr
 from torch import nn
 from .core import Sample, atomic_write, progress, seed_all
+from .state import diff_lines, key_diff
 
 # %% ../nbs/40_train.ipynb #9596edd9
 class Step:
@@ -165,7 +166,11 @@ def resume(self:Trainer)->bool: # was there a checkpoint?
     try: state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e: raise ValueError(f'{path}: not a readable checkpoint ({e}). Remove it to start afresh.') from e
     same_recipe(json.loads(state['recipe']), json.loads(json.dumps(self.recipe, default=str)), path)
-    self.student.load_state_dict(state['model']); self.method.load_state_dict(state['method'])
+    for m,s in ((self.student,state['model']), (self.method,state['method'])):
+        if diff := key_diff(m.state_dict(), s):
+            raise ValueError(f"{path} was written by another version of this method: {'; '.join(diff_lines(diff))}. Finish the run with that version, "
+                             'or remove the file to start afresh.')
+        m.load_state_dict(s)
     self.opt.load_state_dict(state['opt']); self.it = state['it']
     if 'scaler' in state and self.acc.scaler is not None: self.acc.scaler.load_state_dict(state['scaler'])
     return True
