@@ -1,7 +1,8 @@
 "The project as a newcomer and a maintainer meet it: commands, generated files, page sizes, public names, paths"
-import ast, fnmatch, importlib.util, json, os, re, shutil, subprocess, sys
+import ast, fnmatch, importlib.metadata, importlib.util, json, os, re, shutil, subprocess, sys
 from configparser import ConfigParser
 import pytest
+from packaging.specifiers import SpecifierSet
 
 from conftest import ROOT
 
@@ -211,6 +212,12 @@ def test_constraints_pin_every_requirement():
     cfg = settings()
     for key in ('requirements', 'dev_requirements', 'offline_requirements'):
         for r in cfg[key].split(): assert norm(re.split(r'[<>=!~\[]', r)[0]) in pins, r
+
+def test_pins_install_on_the_python_that_readme_names():
+    "README says 3.11 or newer, and Debian has 3.11.2: no installed version may ask for a later one"
+    assert 'Python 3.11 or newer' in (ROOT/'README.md').read_text()
+    needs = {d.name: d.metadata['Requires-Python'] for d in importlib.metadata.distributions()}
+    assert len(needs)>50 and not {n: v for n,v in needs.items() if v and not SpecifierSet(v).contains('3.11.0')}
 
 def test_imports_are_declared():
     "Every package that a module imports is a requirement: the dev extra may be absent where the library is used"
