@@ -1,6 +1,10 @@
 "bench/methods.py: its instruments against known amounts, and its tables in quick mode"
 import importlib.util, re, subprocess, sys, time
 import pytest, torch
+from udanb.core import read_json
+from udanb.demo import write_demo
+from udanb.recipes import make_recipe
+from udanb.runs import run
 
 @pytest.fixture(scope='module')
 def bench(root):
@@ -79,3 +83,15 @@ def test_quick_tables(root):
     assert by['mic']['saved MiB']==by['daformer']['saved MiB']                            # a pass more, but one pass at a time
     head,_,*chunks = rows(run.stdout, '| chunk |')
     assert [r[0] for r in chunks]==['None','32'] and float(chunks[1][-1])<float(chunks[0][-1])
+
+def test_opinions_of_a_run(root, tmp_path):
+    "The classifier's row is the run's own score; a bank of the same network has another opinion"
+    spec = importlib.util.spec_from_file_location('bench_opinions', root/'bench'/'opinions.py')
+    m = importlib.util.module_from_spec(spec); spec.loader.exec_module(m)
+    write_demo(tmp_path/'demo', n_source=4, n_target=4, n_val=2, size=(64,128), quiet=True)
+    tiny = dict(backbone='mit_b0', weights=None, dim=16, batch=2, crop=(64,64), rcs_px=8, before=False)
+    out = run(make_recipe('daformer', 'demo', steps=2, over=tiny), tmp_path, tmp_path/'run', quiet=True)
+    for which in ('student','teacher'):
+        t = m.main([str(out), '--data-root', str(tmp_path), '--every', '1', '--batches', '2', '--which', which])
+        assert t.loc['classifier','miou']==pytest.approx(read_json(out/'metrics.json')['miou'][which], abs=.06)
+        assert list(t.index)==['classifier','bank','mean'] and t.loc['bank','miou']!=t.loc['classifier','miou']
