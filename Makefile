@@ -37,7 +37,7 @@ check: venv ## generated files equal the pages, floors hold, pages keep their si
 	@bash tools/check.sh
 
 docs: venv ## the site, in _docs/ (with Quarto if it is installed, else with tools/quarto)
-	@touch README.md; nbdev_docs && echo "Site: _docs/index.html"
+	@rm -rf _proc _docs; touch README.md; nbdev_docs && echo "Site: _docs/index.html"
 
 lab: venv ## JupyterLab in this folder
 	@jupyter lab

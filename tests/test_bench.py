@@ -1,4 +1,4 @@
-"bench/methods.py: its instruments against known amounts, and its tables in quick mode"
+"bench/methods.py: its instruments against known amounts, and its tables in quick mode; tools/opinions.py"
 import importlib.util, re, subprocess, sys, time
 import pytest, torch
 from udanb.core import read_json
@@ -86,7 +86,7 @@ def test_quick_tables(root):
 
 def test_opinions_of_a_run(root, tmp_path):
     "The classifier's row is the run's own score; a bank of the same network has another opinion"
-    spec = importlib.util.spec_from_file_location('bench_opinions', root/'bench'/'opinions.py')
+    spec = importlib.util.spec_from_file_location('opinions', root/'tools'/'opinions.py')
     m = importlib.util.module_from_spec(spec); spec.loader.exec_module(m)
     write_demo(tmp_path/'demo', n_source=4, n_target=4, n_val=2, size=(64,128), quiet=True)
     tiny = dict(backbone='mit_b0', weights=None, dim=16, batch=2, crop=(64,64), rcs_px=8, before=False)

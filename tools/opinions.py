@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Would DIDA's bank label the target better than the classifier? mIoU of both opinions of a finished run, on its target's val.
 
-    python bench/opinions.py outputs/town-camvid-daformer-s0 --data-root ../shared/data           # every fourth image, the teacher's opinion
-    python bench/opinions.py RUN --data-root ../shared/data --every 1 --which student --tau .03
+    python tools/opinions.py outputs/town-camvid-daformer-s0 --data-root ../shared/data           # every fourth image, the teacher's opinion
+    python tools/opinions.py RUN --data-root ../shared/data --every 1 --which student --tau .03
 
 The run need not know of a bank. One is filled here with the student's embeddings of source batches (training mode, as in training), the run's own
 crops and sampling; then the network is asked about whole images of val: its classifier, the bank's class masses, and the mean of both. Minutes on a CPU.
