@@ -1,10 +1,10 @@
 "A grid as real processes: killed and started again, with a run that fails, and the notebook itself"
-import json, os, signal, subprocess, sys, threading, time
+import ast, json, os, signal, subprocess, sys, threading, time
 import pandas as pd, pytest, yaml
 from conftest import ROOT
 from udanb.core import read_json, write_json
 from udanb.demo import write_demo
-from udanb.experiments import grid, last_error, results, run_grid, show_grid, start, summary
+from udanb.experiments import RUN, grid, last_error, results, run_grid, show_grid, start, summary
 from udanb.recipes import identity
 
 ENV = os.environ | dict(OMP_NUM_THREADS='1', NO_ALBUMENTATIONS_UPDATE='1', IN_TEST='1')
@@ -29,7 +29,7 @@ def notebook(path):
 SCRIPT = '''
 import sys
 from udanb.core import write_json
-from udanb.experiments import grid, run_grid
+from udanb.experiments import RUN, grid, run_grid
 from udanb.recipes import identity
 jobs = grid(sys.argv[1], ['source_only','dacs'], [0,1], [['demo',None]], dict(backbone='mit_b0', weights=None, steps=30))
 for j in jobs: write_json(j.out/'recipe.json', identity(j.recipe))
@@ -115,3 +115,8 @@ def test_notebook_with_a_run_that_fails(tmp_path):
     assert (tmp_path/'grid'/f'{t.run[1]}.ipynb').exists() and (tmp_path/'grid'/'grid.png').exists()
     done = grid(tmp_path/'grid', ['source_only'], [0], [['demo',None]], SMALL)
     assert done[0].done() and run_grid(done, quiet=True).state[0]=='finished'                # found by its metrics.json, in no time
+
+def test_run_names_the_parameters_of_the_notebook():
+    "A params file that train_uda accepts is accepted by a grid, and the other way round"
+    cell = next(c for c in json.loads((ROOT/'nbs'/'train_uda.ipynb').read_text())['cells'] if 'parameters' in c['metadata'].get('tags', []))
+    assert {t.id for n in ast.parse(''.join(cell['source'])).body for t in n.targets}==set(RUN)
