@@ -4,7 +4,7 @@
     python bench/data.py            # about two minutes; prints the table and stores it as bench/data.md
     python bench/data.py --quick    # seconds, small files; checks that both ways give the same, stores nothing
 
-The files are drawn by `udanb.demo.scene` in the true sizes of GTA and Cityscapes, with noise that makes their PNGs as large as real ones. Everything
+The files are drawn by `udanb.demo.render.scene` in the true sizes of GTA and Cityscapes, with noise that makes their PNGs as large as real ones. Everything
 runs in one process on one thread; times are CPU time, so they are times per core. The two ways take turns on the same work.
 """
 import argparse, os, platform, statistics, tempfile, time, warnings
@@ -13,17 +13,17 @@ os.environ |= dict(OMP_NUM_THREADS='1', NO_ALBUMENTATIONS_UPDATE='1')
 import cv2, numpy as np, torch
 from PIL import Image
 cv2.setNumThreads(0); torch.set_num_threads(1)
-from udanb.catalog import CITYSCAPES, GTA
-from udanb.datasets import SegFolder
-from udanb.demo import scene
-from udanb.files import read_ids, read_image
-from udanb.labels import CITYSCAPES19, CITYSCAPES_IDS, CITYSCAPES_VOID, id_table, remap
-from udanb.loaders import pair_loader
-from udanb.look import cached
-from udanb.metrics import Confusion
-from udanb.prepare import survey
-from udanb.stats import RareClassSampler, class_stats
-from udanb.transforms import TrainTfm
+from udanb.data.catalog import CITYSCAPES, GTA
+from udanb.data.datasets import SegFolder
+from udanb.demo.render import scene
+from udanb.core.image_io import read_ids, read_image
+from udanb.core.labels import CITYSCAPES19, CITYSCAPES_IDS, CITYSCAPES_VOID, id_table, remap
+from udanb.data.loaders import pair_loader
+from udanb.data.inspection import cached
+from udanb.inference.metrics import Confusion
+from udanb.data.validation import survey
+from udanb.data.class_stats import RareClassSampler, class_stats
+from udanb.data.transforms import TrainTfm
 
 TO_ID = np.full(256, 0, np.uint8)          # train id -> Cityscapes id
 for _i,_t in CITYSCAPES_IDS.items(): TO_ID[_t] = _i
@@ -244,7 +244,7 @@ NOTE = """# Data: udanb against the published way, per core
 `python bench/data.py`: one process, one thread, CPU time; the two ways take turns {n} times on the same work. ms and ratio are medians
 over the turns, range is that of the ratio. Checked in the run: both ways give the same labels, statistics and areas; native and resized
 copies (of `prepare_data`) give the same batches.
-Files: {files}, drawn by `udanb.demo.scene`.
+Files: {files}, drawn by `udanb.demo.render.scene`.
 `published way`: re-created from the description of DAFormer's code (mmsegmentation 0.16); target labels, which it loads and never uses,
 are left out on both sides.
 Measured on {host}; whole run {s:.0f} s.

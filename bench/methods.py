@@ -24,15 +24,15 @@ torch.set_num_threads(1)
 from accelerate import Accelerator
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
-from udanb.build import network
-from udanb.core import IGNORE, MEAN, STD, Sample, pick, seed_all
-from udanb.labels import CITYSCAPES19 as SPACE
-from udanb.losses import FeatureDistance
+from udanb.runs.build import network
+from udanb.core.types import IGNORE, MEAN, STD, Sample, pick, seed_all
+from udanb.core.labels import CITYSCAPES19 as SPACE
+from udanb.training.losses import FeatureDistance
 from udanb.methods.cluda import chunked_contrast
-from udanb.recipes import METHODS, PLUS, RECIPES
-from udanb.segmentor import param_groups
-from udanb.train import Trainer
-from udanb.transforms import Strong
+from udanb.runs.recipe import METHODS, PLUS, RECIPES
+from udanb.models.segmentor import param_groups
+from udanb.training.trainer import Trainer
+from udanb.data.transforms import Strong
 
 MB = 2**20
 NETS = dict(   # recipe fields; lite0 as in the settings of town, MiT-B0 with the usual head of 256 channels
@@ -60,7 +60,7 @@ def noise(size, seed, labels, batch=2):
     return Sample(img, lbl if labels else None, None if labels else torch.ones(batch, size, size), tuple(f'noise {i}' for i in range(batch)))
 
 def trainer(name, net, size):
-    "What `udanb.build` puts together, without data; in the middle of its run"
+    "What `udanb.runs.build` puts together, without data; in the middle of its run"
     r = replace(RUNS[name], crop=(size,size), **NETS[net])
     seed_all(r.seed)
     model,strong = network(r, len(SPACE), r.weights),Strong(p_jitter=r.jitter, p_blur=r.blur)

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from udanb.heads import ConvBN, DAFormerHead
-from udanb.segmentor import segmentor
+from udanb.models.heads import ConvBN, DAFormerHead
+from udanb.models.segmentor import segmentor
 
 DIMS = dict(mit_b0=(32,64,160,256), mit_b2=(64,128,320,512))
 DEPTHS = dict(mit_b0=[2,2,2,2], mit_b2=[3,4,6,3])

@@ -6,12 +6,12 @@ from timm.layers import DropPath
 from timm.optim import param_groups_layer_decay
 from torch import nn
 from torch.nn import functional as F
-from udanb import backbones
-from udanb.backbones import BACKBONES, backbone, describe, imagenet_file, known_weights, layer_ids, load_strict, lr_scales
-from udanb.core import seed_all
-from udanb.segmentor import segmentor, to_published
-from udanb.state import read_state
-from udanb.vits import TIMM, TimmMaps
+from udanb.models import backbones
+from udanb.models.backbones import BACKBONES, backbone, describe, imagenet_file, known_weights, layer_ids, load_strict, lr_scales
+from udanb.core.types import seed_all
+from udanb.models.segmentor import segmentor, to_published
+from udanb.core.state_dicts import read_state
+from udanb.models.timm_encoders import TIMM, TimmMaps
 
 LITE = 'tf_efficientnet_lite0'
 VIT = dict(embed_dim=48, depth=4, num_heads=2)

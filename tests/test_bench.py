@@ -1,10 +1,10 @@
 "bench/methods.py: its instruments against known amounts, and its tables in quick mode; tools/opinions.py"
 import importlib.util, re, subprocess, sys, time
 import pytest, torch
-from udanb.core import read_json
-from udanb.demo import write_demo
-from udanb.recipes import make_recipe
-from udanb.runs import run
+from udanb.core.types import read_json
+from udanb.demo.render import write_demo
+from udanb.runs.recipe import make_recipe
+from udanb.runs.run import run
 
 @pytest.fixture(scope='module')
 def bench(root):

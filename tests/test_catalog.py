@@ -2,11 +2,11 @@
 from pathlib import PurePosixPath
 import numpy as np, pytest
 from PIL import Image
-from udanb.catalog import *
-from udanb.core import IGNORE
-from udanb.datasets import SegFolder
-from udanb.labels import *
-from udanb.own import _partner, fake_tree, own_dataset, own_space, stripes
+from udanb.data.catalog import *
+from udanb.core.types import IGNORE
+from udanb.data.datasets import SegFolder
+from udanb.core.labels import *
+from udanb.data.custom import _partner, fake_tree, own_dataset, own_space, stripes
 
 PAPER = (7,8,11,12,13,17,19,20,21,22,23,24,25,26,27,28,31,32,33)   # train ids 0…18 in Cityscapes' label ids, as in the paper's table
 SYNTHIA_TABLE = dict(road=3, sidewalk=4, building=2, wall=21, fence=5, pole=7, vegetation=6, sky=1, person=10, rider=17, car=8, bus=19,
@@ -133,7 +133,7 @@ def test_target_without_any_label(tmp_path):
     assert len(src)==2 and len(tgt)==2 and vals=={}
 
 def test_the_demo_under_the_real_names(tmp_path):
-    demo = pytest.importorskip('udanb.demo')
+    demo = pytest.importorskip('udanb.demo.render')
     demo.write_demo(tmp_path/'demo', n_source=2, n_target=2, n_val=1, size=(64,128))
     a,b = PAIRS['demo'].folders(tmp_path),PAIRS['gta'].folders(tmp_path/'demo')
     for x,y in zip((*a[:2],a[2]['demo_target']), (*b[:2],b[2]['cityscapes'])):
@@ -194,7 +194,7 @@ def test_own_merge_and_known_spaces():
 
 def test_statistics_of_another_class_list_are_not_taken(tmp_path):
     "The same files under two descriptions, and after an edit of the class list, are counted apart; upstream's file is not touched by own numberings"
-    from udanb.stats import class_stats
+    from udanb.data.class_stats import class_stats
     rows = lambda *classes: [dict(name=c, id=i) for i,c in zip((1,2), classes)]+[dict(name='more', id=3, **{'is': classes[0]})]
     first = dict(folder='g', images='im/*.png', labels='lb/*.png', classes=rows('a','b'), space=dict(name='s', classes=['a','b']))
     edited = first | dict(classes=rows('b','a'))

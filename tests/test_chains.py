@@ -5,26 +5,28 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
 from conftest import ROOT
-from udanb import chains, infer, pseudo
-from udanb.backbones import backbone
-from udanb.build import build, folders, target_folders
-from udanb.catalog import CAMVID, TOWN
-from udanb.chains import gather, label_target, labels_in, recipe_of, weights_of
-from udanb.core import IGNORE, read_json, seed_all
-from udanb.demo import write_demo
-from udanb.files import read_ids
-from udanb.loaders import SegConcat
+from udanb.runs import stages as chains
+from udanb.inference import predict as infer
+from udanb.inference import export_labels as pseudo
+from udanb.models.backbones import backbone
+from udanb.runs.build import build, folders, target_folders
+from udanb.data.catalog import CAMVID, TOWN
+from udanb.runs.stages import gather, label_target, labels_in, recipe_of, weights_of
+from udanb.core.types import IGNORE, read_json, seed_all
+from udanb.demo.render import write_demo
+from udanb.core.image_io import read_ids
+from udanb.data.loaders import SegConcat
 from udanb.methods.ddb import Prototypes
-from udanb.own import fake_tree
-from udanb.pipeline import STAMP, Pipeline, damaged, outputs, read_stamp
-from udanb.pseudo import export_pseudo, read_rows
-from udanb.recipes import make_recipe
-from udanb.runs import load_run, run
-from udanb.train import Step, Trainer, read_log
-from udanb.weights import load_weights, save_weights, weights_hash
+from udanb.data.custom import fake_tree
+from udanb.runs.pipeline import STAMP, Pipeline, damaged, outputs, read_stamp
+from udanb.inference.export_labels import export_pseudo, read_rows
+from udanb.runs.recipe import make_recipe
+from udanb.runs.run import load_run, run
+from udanb.training.trainer import Step, Trainer, read_log
+from udanb.checkpoints.weights import load_weights, save_weights, weights_hash
 
 CHILDREN = multiprocessing.get_context('forkserver')   # processes of their own that need not import torch again
-CHILDREN.set_forkserver_preload(['udanb.chains'])
+CHILDREN.set_forkserver_preload(['udanb.runs.stages'])
 TINY = dict(backbone='mit_b0', weights=None, dim=16, batch=2, crop=[64,64], rcs_px=8, save_every=1, eval_every=0)
 VISDA = dict(steps=3, self_steps=2, threshold=.05, predict_split='val', over=TINY)
 DDB = dict(steps=2, over=TINY)

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from udanb.core import IGNORE, Sample, seed_all
-from udanb.hrda import HRDA, paste
+from udanb.core.types import IGNORE, Sample, seed_all
+from udanb.models.hrda import HRDA, paste
 from udanb.methods.cluda import (
     Contrast,
     Weigher,
@@ -20,8 +20,8 @@ from udanb.methods.cluda import (
     most_uncertain,
 )
 from udanb.methods.daformer import dacs, daformer, source_only
-from udanb.segmentor import param_groups, segmentor
-from udanb.train import Step, Trainer
+from udanb.models.segmentor import param_groups, segmentor
+from udanb.training.trainer import Step, Trainer
 
 N = 5
 def net(head='daformer', hrda=False, seed=0):

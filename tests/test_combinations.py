@@ -2,16 +2,16 @@
 import math
 import pytest, torch, yaml
 from conftest import ROOT
-from udanb.build import box, build
-from udanb.core import seed_all
-from udanb.demo import write_demo
+from udanb.runs.build import box, build
+from udanb.core.types import seed_all
+from udanb.demo.render import write_demo
 from udanb.methods.cluda import Aimed
 from udanb.methods.dida import Calibrated
-from udanb.methods.options import Paste, pass_of
-from udanb.experiments import RUN
-from udanb.recipes import make_recipe, pair_of
-from udanb.segmentor import param_groups, segmentor
-from udanb.train import Step
+from udanb.methods.extras import Paste, pass_of
+from udanb.runs.grid import RUN
+from udanb.runs.recipe import make_recipe, pair_of
+from udanb.models.segmentor import param_groups, segmentor
+from udanb.training.trainer import Step
 
 TINY = dict(backbone='mit_b0', weights=None, dim=16, batch=2, crop=(64,64), rcs_px=8, rcs_ratio=.5, steps=2, tau=0., fd=0., blur=0.)
 ARGS = dict(paste=dict(names=['pole','traffic light','traffic sign','person','car'], least=1e-4), cluda=dict(after=0), dida=dict(every=1))

@@ -5,11 +5,11 @@ from pathlib import Path
 import cv2, numpy as np, pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
-from udanb.core import IGNORE, project_root
-from udanb.catalog import *
-from udanb.datasets import *
-from udanb.files import *
-from udanb.labels import CAMVID11, CAMVID_MERGE, CITYSCAPES19, ZEROWASTE5
+from udanb.core.types import IGNORE, project_root
+from udanb.data.catalog import *
+from udanb.data.datasets import *
+from udanb.core.image_io import *
+from udanb.core.labels import CAMVID11, CAMVID_MERGE, CITYSCAPES19, ZEROWASTE5
 
 SHARED = project_root(Path(__file__).parent).parent/'shared'/'data'
 needs_shared = pytest.mark.skipif(not (SHARED/'town').is_dir() or not (SHARED/'camvid').is_dir(), reason='no shared data')

@@ -4,9 +4,9 @@ import numpy as np, pytest
 from PIL import Image
 from hypothesis import given, settings, strategies as st
 
-from udanb import demo
-from udanb.demo import scene, toy_pair, write_demo
-from udanb.labels import CITYSCAPES19, CITYSCAPES_IDS, CITYSCAPES_VOID
+from udanb.demo import render as demo
+from udanb.demo.render import scene, toy_pair, write_demo
+from udanb.core.labels import CITYSCAPES19, CITYSCAPES_IDS, CITYSCAPES_VOID
 
 TINY = dict(n_source=3, n_target=2, n_val=2, size=(32,64), quiet=True)
 digest = lambda *arrays: hashlib.sha256(b''.join(np.ascontiguousarray(a).tobytes() for a in arrays)).hexdigest()
@@ -14,7 +14,7 @@ tree = lambda root: {str(p.relative_to(root)): p.read_bytes() for p in sorted(ro
 
 @pytest.mark.parametrize('hashseed', ['1','2'])
 def test_same_pixels_in_another_process(hashseed):
-    code = ("import hashlib; from udanb.demo import scene\n"
+    code = ("import hashlib; from udanb.demo.render import scene\n"
             "print(hashlib.sha256(b''.join(a.tobytes() for d in ('source','target') for a in scene(0,d,(64,128)))).hexdigest())")
     env = os.environ|dict(PYTHONHASHSEED=hashseed, OMP_NUM_THREADS='1')
     out = subprocess.run([sys.executable, '-c', code], env=env, text=True, capture_output=True, check=True)
@@ -135,7 +135,7 @@ def test_unreadable_stamp_is_no_licence_to_delete(tmp_path):
     assert (tmp_path/'gta/images/00001.png').exists()
 
 def test_two_writers_at_once(tmp_path):
-    code = f"from udanb.demo import write_demo; write_demo({str(tmp_path/'d')!r}, **{TINY!r})"
+    code = f"from udanb.demo.render import write_demo; write_demo({str(tmp_path/'d')!r}, **{TINY!r})"
     ps = [subprocess.Popen([sys.executable, '-c', code], stderr=subprocess.PIPE, text=True) for _ in range(2)]
     assert [(p.communicate()[1],p.returncode)[1] for p in ps]==[0,0]
     write_demo(tmp_path/'e', **TINY)

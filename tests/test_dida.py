@@ -4,16 +4,16 @@ from dataclasses import replace
 from types import SimpleNamespace
 import numpy as np, pytest, torch
 from torch.nn import functional as F
-from udanb.core import IGNORE, Out, Sample, seed_all
-from udanb.demo import toy_pair
-from udanb.hrda import HRDA
-from udanb.labels import CITYSCAPES19
+from udanb.core.types import IGNORE, Out, Sample, seed_all
+from udanb.demo.render import toy_pair
+from udanb.models.hrda import HRDA
+from udanb.core.labels import CITYSCAPES19
 from udanb.methods.daformer import daformer, source_only
 from udanb.methods.dida import (Calibrated, InstanceBank, InstanceLoss, Remember, aggregate, boundary, check_bank, dida, load_bank,
                                 profile_stats, save_bank, target_pixels, unfold)
-from udanb.segmentor import param_groups, segmentor
-from udanb.train import Step, Trainer
-from udanb.transforms import Strong
+from udanb.models.segmentor import param_groups, segmentor
+from udanb.training.trainer import Step, Trainer
+from udanb.data.transforms import Strong
 
 PAIR = toy_pair(2)
 

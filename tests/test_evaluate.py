@@ -4,21 +4,21 @@ from functools import partial
 import numpy as np, pytest, torch, torch.nn.functional as F
 from PIL import Image
 from conftest import ROOT
-from udanb.build import evaluator
-from udanb.catalog import ACDC, DATASETS, ZEROWASTE_V2
-from udanb.core import normalize, read_json, seed_all, write_json
-from udanb.datasets import SegFolder
-from udanb.demo import write_demo
-from udanb.files import read_ids
-from udanb.infer import predict, slide, weights_hash
-from udanb.labels import CAMVID11, CITYSCAPES19, SYNTHIA13, ZEROWASTE5, colorize
-from udanb.metrics import Confusion, iou_dict
-from udanb.own import fake_tree
-from udanb.recipes import identity, make_recipe, pair_of
-from udanb.segmentor import segmentor
-from udanb.selection import label_free
-from udanb.transforms import fit
-from udanb.weights import save_weights
+from udanb.runs.build import evaluator
+from udanb.data.catalog import ACDC, DATASETS, ZEROWASTE_V2
+from udanb.core.types import normalize, read_json, seed_all, write_json
+from udanb.data.datasets import SegFolder
+from udanb.demo.render import write_demo
+from udanb.core.image_io import read_ids
+from udanb.inference.predict import predict, slide, weights_hash
+from udanb.core.labels import CAMVID11, CITYSCAPES19, SYNTHIA13, ZEROWASTE5, colorize
+from udanb.inference.metrics import Confusion, iou_dict
+from udanb.data.custom import fake_tree
+from udanb.runs.recipe import identity, make_recipe, pair_of
+from udanb.models.segmentor import segmentor
+from udanb.inference.label_free import label_free
+from udanb.data.transforms import fit
+from udanb.checkpoints.weights import save_weights
 
 PAGE = ROOT/'nbs'/'evaluate.ipynb'
 CELLS = [c for c in json.loads(PAGE.read_text(encoding='utf-8'))['cells'] if c['cell_type']=='code']

@@ -2,10 +2,10 @@
 import ast, json, os, signal, subprocess, sys, threading, time
 import pandas as pd, pytest, yaml
 from conftest import ROOT
-from udanb.core import read_json, write_json
-from udanb.demo import write_demo
-from udanb.experiments import RUN, grid, last_error, results, run_grid, show_grid, start, summary
-from udanb.recipes import identity
+from udanb.core.types import read_json, write_json
+from udanb.demo.render import write_demo
+from udanb.runs.grid import RUN, grid, last_error, results, run_grid, show_grid, start, summary
+from udanb.runs.recipe import identity
 
 ENV = os.environ | dict(OMP_NUM_THREADS='1', NO_ALBUMENTATIONS_UPDATE='1', IN_TEST='1')
 SMALL = dict(backbone='mit_b0', weights=None, dim=16, batch=2, crop=(64,64), rcs_px=8, steps=2)
@@ -28,9 +28,9 @@ def notebook(path):
 
 SCRIPT = '''
 import sys
-from udanb.core import write_json
-from udanb.experiments import RUN, grid, run_grid
-from udanb.recipes import identity
+from udanb.core.types import write_json
+from udanb.runs.grid import RUN, grid, run_grid
+from udanb.runs.recipe import identity
 jobs = grid(sys.argv[1], ['source_only','dacs'], [0,1], [['demo',None]], dict(backbone='mit_b0', weights=None, steps=30))
 for j in jobs: write_json(j.out/'recipe.json', identity(j.recipe))
 run_grid(jobs, 1, sys.argv[2], every=.1).to_csv(sys.argv[1]+'/table.csv')

@@ -3,7 +3,7 @@ import io, json
 import cv2, numpy as np, pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
-from udanb.files import *
+from udanb.core.image_io import *
 
 hyp = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

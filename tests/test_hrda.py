@@ -3,16 +3,16 @@ import copy
 import pytest, torch
 from torch import nn
 from torch.nn import functional as F
-from udanb.backbones import backbone
-from udanb.core import Sample, seed_all
-from udanb.heads import DAFormerHead, DLV2Head
-from udanb.hrda import HRDA, OnContext, OnDetail, detail_windows, random_boxes
-from udanb.infer import windows
-from udanb.losses import CE, FeatureDistance
-from udanb.segmentor import Segmentor, param_groups, segmentor
-from udanb.teacher import EMATeacher
-from udanb.train import Method, Pass, Trainer
-from udanb.views import source
+from udanb.models.backbones import backbone
+from udanb.core.types import Sample, seed_all
+from udanb.models.heads import DAFormerHead, DLV2Head
+from udanb.models.hrda import HRDA, OnContext, OnDetail, detail_windows, random_boxes
+from udanb.inference.predict import windows
+from udanb.training.losses import CE, FeatureDistance
+from udanb.models.segmentor import Segmentor, param_groups, segmentor
+from udanb.training.teacher import EMATeacher
+from udanb.training.trainer import Method, Pass, Trainer
+from udanb.training.views import source
 
 def net(head='daformer', n=5, seed=0):
     seed_all(seed)

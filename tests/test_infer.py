@@ -4,10 +4,10 @@ import numpy as np, pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 from torch import nn
-from udanb.core import IGNORE, Out, Sample, normalize, read_json, seed_all
-from udanb.infer import evaluate, find_images, inferring, plain_repr, predict, predict_folder, slide, weights_hash, whole, windows
-from udanb.labels import CAMVID11, LabelSpace, colorize
-from udanb.metrics import Confusion
+from udanb.core.types import IGNORE, Out, Sample, normalize, read_json, seed_all
+from udanb.inference.predict import evaluate, find_images, inferring, plain_repr, predict, predict_folder, slide, weights_hash, whole, windows
+from udanb.core.labels import CAMVID11, LabelSpace, colorize
+from udanb.inference.metrics import Confusion
 
 SPACE = LabelSpace('four', ('a','b','c','d'), ((10,0,0),(0,20,0),(0,0,30),(40,40,40)), train_ids=(0,8,10,13))
 

@@ -4,9 +4,9 @@ from pathlib import Path
 import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
-from udanb.core import IGNORE, project_root
-from udanb.labels import *
-from udanb.labels import UNKNOWN
+from udanb.core.types import IGNORE, project_root
+from udanb.core.labels import *
+from udanb.core.labels import UNKNOWN
 
 HERE = Path(__file__).parent
 SHARED = project_root(HERE).parent/'shared'/'data'

@@ -5,13 +5,13 @@ from pathlib import Path
 from types import SimpleNamespace
 import cv2, numpy as np, pytest, test_stats, torch
 from hypothesis import given, settings, strategies as st
-from udanb import datasets
-from udanb.catalog import GTA
-from udanb.datasets import SegFolder
-from udanb.labels import CAMVID11, CITYSCAPES19
-from udanb.loaders import SegConcat, draw_image, eval_loader, pair_loader
-from udanb.stats import RareClassSampler, class_stats
-from udanb.transforms import AUGMENT, EvalTfm, TrainTfm
+from udanb.data import datasets
+from udanb.data.catalog import GTA
+from udanb.data.datasets import SegFolder
+from udanb.core.labels import CAMVID11, CITYSCAPES19
+from udanb.data.loaders import SegConcat, draw_image, eval_loader, pair_loader
+from udanb.data.class_stats import RareClassSampler, class_stats
+from udanb.data.transforms import AUGMENT, EvalTfm, TrainTfm
 
 data,gta,city,write = test_stats.data,test_stats.gta,test_stats.city,test_stats.write   # the same small trees
 

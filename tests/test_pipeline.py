@@ -3,23 +3,23 @@ import errno, json, multiprocessing, os, shutil, signal, subprocess, time
 from pathlib import Path
 import pytest
 from torch import nn
-from udanb.backbones import backbone
-from udanb.catalog import DATASETS
-from udanb.core import Out, atomic_write, read_json, seed_all
-from udanb.datasets import SegFolder
-from udanb.demo import write_demo
-from udanb.infer import predict_folder
-from udanb.labels import CITYSCAPES19
-from udanb.pipeline import LOST, STAMP, Pipeline, damaged, fingerprint, outputs, read_stamp
-from udanb.pseudo import export_pseudo, pseudo_spec
-from udanb.recipes import make_recipe
-from udanb.runs import load_run, taken
-from udanb.stats import class_stats
-from udanb.train import Trainer
-from udanb.weights import load_weights, save_weights
+from udanb.models.backbones import backbone
+from udanb.data.catalog import DATASETS
+from udanb.core.types import Out, atomic_write, read_json, seed_all
+from udanb.data.datasets import SegFolder
+from udanb.demo.render import write_demo
+from udanb.inference.predict import predict_folder
+from udanb.core.labels import CITYSCAPES19
+from udanb.runs.pipeline import LOST, STAMP, Pipeline, damaged, fingerprint, outputs, read_stamp
+from udanb.inference.export_labels import export_pseudo, pseudo_spec
+from udanb.runs.recipe import make_recipe
+from udanb.runs.run import load_run, taken
+from udanb.data.class_stats import class_stats
+from udanb.training.trainer import Trainer
+from udanb.checkpoints.weights import load_weights, save_weights
 
 CHILDREN = multiprocessing.get_context('forkserver')   # processes of their own that need not import torch again
-CHILDREN.set_forkserver_preload(['udanb.pipeline'])
+CHILDREN.set_forkserver_preload(['udanb.runs.pipeline'])
 TINY = dict(backbone='mit_b0', dim=16, batch=2, crop=(64,64), rcs=False, steps=4, save_every=1, eval_every=0)
 
 # ---- a chain of three: an encoder's weights, a training from them, and something made of the trained network

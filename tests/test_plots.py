@@ -1,9 +1,9 @@
 "Figures: right content, nothing cut off or left open, any input form"
 import matplotlib, matplotlib.pyplot as plt, numpy as np, pytest, torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from udanb.core import IGNORE, Sample, normalize
-from udanb.labels import CAMVID11, CITYSCAPES19, SPACES
-from udanb.plots import *
+from udanb.core.types import IGNORE, Sample, normalize
+from udanb.core.labels import CAMVID11, CITYSCAPES19, SPACES
+from udanb.core.plots import *
 
 def drawn(fig):
     "Draw; texts and legends must lie inside the figure"

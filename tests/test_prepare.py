@@ -5,15 +5,15 @@ from pathlib import Path
 import cv2, numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
-from udanb.catalog import CAMVID, CITYSCAPES, GTA, MAPILLARY, SYNSCAPES, SYNTHIA, TOWN, ZEROWASTE_V2
-from udanb.datasets import SegFolder
-from udanb.files import read_ids, read_image
-from udanb.labels import CITYSCAPES_IDS, SYNTHIA_IDS
-from udanb.look import cache_dir, cached, converted, downscale, journals, read_journal, unfinished
-from udanb.own import fake_tree, own_dataset
-from udanb.prepare import open_splits, problems, show_frequencies, summary, survey, unknown_ids, unpaired, verdict
-from udanb.stats import class_stats, stats_files
-from udanb.transforms import TrainTfm, fit
+from udanb.data.catalog import CAMVID, CITYSCAPES, GTA, MAPILLARY, SYNSCAPES, SYNTHIA, TOWN, ZEROWASTE_V2
+from udanb.data.datasets import SegFolder
+from udanb.core.image_io import read_ids, read_image
+from udanb.core.labels import CITYSCAPES_IDS, SYNTHIA_IDS
+from udanb.data.inspection import cache_dir, cached, converted, downscale, journals, read_journal, unfinished
+from udanb.data.custom import fake_tree, own_dataset
+from udanb.data.validation import open_splits, problems, show_frequencies, summary, survey, unknown_ids, unpaired, verdict
+from udanb.data.class_stats import class_stats, stats_files
+from udanb.data.transforms import TrainTfm, fit
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = os.environ | dict(OMP_NUM_THREADS='1', NO_ALBUMENTATIONS_UPDATE='1', IN_TEST='1')
@@ -96,7 +96,7 @@ def test_file_that_cannot_be_opened_is_tried_again(tmp_path, monkeypatch):
         if path.name=='00002.png': raise PermissionError(13, 'Permission denied', str(path))
         return read_image(path)
     with monkeypatch.context() as m:
-        m.setattr('udanb.look.read_image', closed)
+        m.setattr('udanb.data.inspection.read_image', closed)
         assert problems([survey(train(GTA, tmp_path), **KW)]).problem.tolist()==['unreadable']
     s = survey(train(GTA, tmp_path), **KW)
     assert s.new==1 and problems([s]).empty
@@ -240,16 +240,16 @@ def test_second_run_does_nothing(tmp_path, monkeypatch):
     def count(folder, idx, *args):
         assert not list(idx), 'counted again'
         return []
-    monkeypatch.setattr('udanb.stats.count_labels', count)
+    monkeypatch.setattr('udanb.data.class_stats.count_labels', count)
     assert [px for _,px in class_stats(SegFolder(GTA, tmp_path), quiet=True)]==first.px
 
 SCRIPT = '''
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)      # a shell's background jobs are born deaf to it
-from udanb import prepare
-from udanb.catalog import GTA
-from udanb.own import fake_tree, own_dataset
-from udanb.prepare import open_splits, survey
+from udanb.data import validation as prepare
+from udanb.data.catalog import GTA
+from udanb.data.custom import fake_tree, own_dataset
+from udanb.data.validation import open_splits, survey
 real = prepare.treat
 def slow(*a, **kw):          # so that the signal comes in the middle on any machine
     time.sleep(.02)
@@ -288,7 +288,7 @@ def test_full_disk_stops_and_goes_on(tmp_path, monkeypatch):
         if left[0]<0: raise OSError(errno.ENOSPC, 'No space left on device', str(b))
         return real(a, b)
     with monkeypatch.context() as m:
-        m.setattr('udanb.core.os.replace', full)
+        m.setattr('udanb.core.types.os.replace', full)
         with pytest.raises(OSError, match='No space left.*lost nothing.*run the same command again') as e: survey(train(GTA, tmp_path), convert=True, **KW)
     assert e.value.errno==errno.ENOSPC and lines(d)==3 and not list(d.rglob('*.part*'))
     s = survey(train(GTA, tmp_path), convert=True, **KW)
@@ -306,9 +306,9 @@ def test_disk_full_while_the_journal_is_written(tmp_path, monkeypatch):
             self.n += 1
             self.f.write(b if self.n<3 else b[:20])
             if self.n==3: raise OSError(errno.ENOSPC, 'No space left on device')
-    from udanb.look import open_journal
+    from udanb.data.inspection import open_journal
     with monkeypatch.context() as m:
-        m.setattr('udanb.prepare.open_journal', lambda f: Tight(open_journal(f)))
+        m.setattr('udanb.data.validation.open_journal', lambda f: Tight(open_journal(f)))
         with pytest.raises(OSError, match='lost nothing'): survey(train(GTA, tmp_path), **KW)
     s = survey(train(GTA, tmp_path), **KW)
     assert s.new==2 and list(read_journal(s.folder))==s.folder.names and survey(train(GTA, tmp_path), **KW).new==0
@@ -333,7 +333,7 @@ def test_nowhere_to_write_a_journal(tmp_path, monkeypatch):
     gta(tmp_path)
     monkeypatch.chdir(tmp_path)
     (tmp_path/'outputs').touch(); (tmp_path/'gta/survey.jsonl').mkdir()
-    monkeypatch.setattr('udanb.look.read_journal', lambda f: {}); monkeypatch.setattr('udanb.prepare.read_journal', lambda f: {})
+    monkeypatch.setattr('udanb.data.inspection.read_journal', lambda f: {}); monkeypatch.setattr('udanb.data.validation.read_journal', lambda f: {})
     with pytest.warns(UserWarning, match='no journal'): assert survey(train(GTA, tmp_path), **KW).new==4
 
 def test_workers_make_no_difference(tmp_path):

@@ -55,8 +55,8 @@ def test_readme_own_data_snippet(tmp_path):
     "The description README shows for own data is read as it stands"
     import numpy as np, yaml
     from PIL import Image
-    from udanb.catalog import find_pair
-    from udanb.datasets import SegFolder
+    from udanb.data.catalog import find_pair
+    from udanb.data.datasets import SegFolder
     p = yaml.safe_load(re.search(r'^```yaml\n(.*?)^```', (ROOT/'README.md').read_text(), re.M|re.S)[1])
     for split in ('train','val'):
         for d in ('photos','masks'): (tmp_path/'yard'/d/split/'monday').mkdir(parents=True)
@@ -147,20 +147,20 @@ def test_pages_keep_their_size():
 def test_nblint_and_floors_notice(tmp_path):
     "Both checks fail on what they are there for"
     code = lambda s: dict(cell_type='code', id='x', metadata={}, source=s, outputs=[], execution_count=None)
-    for d in ('lib','nbs'): (tmp_path/d).mkdir()
+    for d in ('lib/core','lib/data','nbs/core','nbs/data'): (tmp_path/d).mkdir(parents=True)
     page = lambda name,*cs: (tmp_path/'nbs'/name).write_text(json.dumps(dict(cells=[*cs], metadata={}, nbformat=4, nbformat_minor=5)))
-    page('10_low.ipynb', code('#| default_exp low'), code('#| export\n'+'\n'.join(f'a{i} = {i}' for i in range(60))))
-    page('20_high.ipynb', code('#| default_exp high'))
-    (tmp_path/'lib'/'low.py').write_text('from .high import x\n')
-    (tmp_path/'lib'/'high.py').write_text('x = 1\n')
+    page('core/10_low.ipynb', code('#| default_exp core.low'), code('#| export\n'+'\n'.join(f'a{i} = {i}' for i in range(60))))
+    page('data/00_high.ipynb', code('#| default_exp data.high'))
+    (tmp_path/'lib'/'core'/'low.py').write_text('from ..data.high import x\n')
+    (tmp_path/'lib'/'data'/'high.py').write_text('x = 1\n')
     r = sh(sys.executable, 'tools/nblint.py', tmp_path/'nbs')
     assert r.returncode and 'cell of 60 lines' in r.stdout
     r = sh(sys.executable, 'tools/floors.py', tmp_path/'lib', tmp_path/'nbs')
-    assert r.returncode and '10 low imports 20 high' in r.stdout
+    assert r.returncode and 'core.low imports data.high' in r.stdout
 
 def test_no_two_notebooks_want_the_same_page_of_the_site():
-    "nbdev strips the number: 52_ddb and ddb would both be ddb.html"
-    stems = [re.sub(r'^\d+[a-zA-Z0-9]*_', '', p.stem) for p in (ROOT/'nbs').glob('*.ipynb')]
+    "nbdev strips the number: 01_ddb and 02_ddb of one folder would both be ddb.html"
+    stems = [str(p.parent/re.sub(r'^\d+[a-zA-Z0-9]*_', '', p.stem)) for p in PAGES]
     assert len(stems)>40 and not {s for s in stems if stems.count(s)>1}
 
 def test_every_page_is_in_the_sidebar():

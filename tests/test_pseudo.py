@@ -7,23 +7,23 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from torch import nn
 from conftest import ROOT
-from udanb.build import stored
-from udanb.catalog import CAMVID, CITYSCAPES, DATASETS, MAPILLARY, ZEROWASTE_V2
-from udanb.core import IGNORE, Out, normalize, seed_all, write_json
-from udanb.datasets import LabelFiles, SegFolder, SegSpec
-from udanb.demo import write_demo
-from udanb.files import read_ids
-from udanb.infer import predict
-from udanb.labels import CAMVID11, CITYSCAPES19, SPACES, ZEROWASTE5
-from udanb.loaders import pair_loader
-from udanb.own import fake_tree, own_dataset
-from udanb.pseudo import export_pseudo, labelled, numbers, place, pseudo_sample, pseudo_spec, pseudo_stats, read_rows, read_stamp, show_pseudo, sure, thresholds
-from udanb.recipes import identity, make_recipe
-from udanb.segmentor import segmentor
-from udanb.stats import class_stats
-from udanb.transforms import TrainTfm, fit
-from udanb.tta import tta
-from udanb.weights import save_weights
+from udanb.runs.build import stored
+from udanb.data.catalog import CAMVID, CITYSCAPES, DATASETS, MAPILLARY, ZEROWASTE_V2
+from udanb.core.types import IGNORE, Out, normalize, seed_all, write_json
+from udanb.data.datasets import LabelFiles, SegFolder, SegSpec
+from udanb.demo.render import write_demo
+from udanb.core.image_io import read_ids
+from udanb.inference.predict import predict
+from udanb.core.labels import CAMVID11, CITYSCAPES19, SPACES, ZEROWASTE5
+from udanb.data.loaders import pair_loader
+from udanb.data.custom import fake_tree, own_dataset
+from udanb.inference.export_labels import export_pseudo, labelled, numbers, place, pseudo_sample, pseudo_spec, pseudo_stats, read_rows, read_stamp, show_pseudo, sure, thresholds
+from udanb.runs.recipe import identity, make_recipe
+from udanb.models.segmentor import segmentor
+from udanb.data.class_stats import class_stats
+from udanb.data.transforms import TrainTfm, fit
+from udanb.inference.tta import tta
+from udanb.checkpoints.weights import save_weights
 
 class Net(nn.Module):
     "Stride 4; counts its forwards"
@@ -347,11 +347,11 @@ def test_descriptions_that_do_not_fit(town, tmp_path):
 SCRIPT = '''
 import sys, time, torch
 from torch import nn
-from udanb.catalog import CAMVID
-from udanb.core import Out, seed_all
-from udanb.datasets import SegFolder
-from udanb.labels import CAMVID11
-from udanb.pseudo import export_pseudo
+from udanb.data.catalog import CAMVID
+from udanb.core.types import Out, seed_all
+from udanb.data.datasets import SegFolder
+from udanb.core.labels import CAMVID11
+from udanb.inference.export_labels import export_pseudo
 class Slow(nn.Module):
     def __init__(self):
         super().__init__()

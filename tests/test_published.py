@@ -4,10 +4,10 @@ from collections import OrderedDict
 import numpy as np, pytest, torch
 from timm.optim import param_groups_layer_decay
 from safetensors.torch import save_file
-from udanb.backbones import backbone
-from udanb.hrda import HRDA
-from udanb.published import load_published, looks_like, respell
-from udanb.segmentor import param_groups, published_keys, segmentor, to_published
+from udanb.models.backbones import backbone
+from udanb.models.hrda import HRDA
+from udanb.models.released import load_published, looks_like, respell
+from udanb.models.segmentor import param_groups, published_keys, segmentor, to_published
 
 def gold(golden, v):
     "Recorded names and shapes of MiT + DAFormer head, in DAFormer's own order"

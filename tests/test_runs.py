@@ -4,15 +4,15 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np, pytest, torch, yaml
 from PIL import Image
-from udanb.catalog import CAMVID, TOWN
-from udanb.core import read_json
-from udanb.demo import write_demo
-from udanb.heads import HEADS
-from udanb.own import fake_tree
-from udanb.build import batches, build, folders
-from udanb.recipes import RECIPES, make_recipe, pair_of
-from udanb.runs import load_run, read_run, run, run_name, scores
-from udanb.weights import load_weights
+from udanb.data.catalog import CAMVID, TOWN
+from udanb.core.types import read_json
+from udanb.demo.render import write_demo
+from udanb.models.heads import HEADS
+from udanb.data.custom import fake_tree
+from udanb.runs.build import batches, build, folders
+from udanb.runs.recipe import RECIPES, make_recipe, pair_of
+from udanb.runs.run import load_run, read_run, run, run_name, scores
+from udanb.checkpoints.weights import load_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(backbone='mit_b0', weights=None, dim=16, batch=2, crop=(64,64), rcs_px=8, steps=2)
@@ -29,8 +29,8 @@ def data(tmp_path_factory):
 SCRIPT = '''
 import sys, torch
 torch.set_num_threads(1)
-from udanb.recipes import make_recipe
-from udanb.runs import run
+from udanb.runs.recipe import make_recipe
+from udanb.runs.run import run
 run(make_recipe("daformer", "demo", over=dict(backbone="mit_b0", weights=None, dim=16, batch=2, crop=(64,64), rcs_px=8, steps=14, save_every=3, eval_every=7)),
     sys.argv[1], sys.argv[2])
 '''
@@ -193,8 +193,8 @@ def test_mixed_precision_steps(data, tmp_path):
     "bf16 through Accelerate, in a process of its own (Accelerate fixes the precision once per process)"
     script = f'''
 import torch
-from udanb.build import build
-from udanb.recipes import make_recipe
+from udanb.runs.build import build
+from udanb.runs.recipe import make_recipe
 t = build(make_recipe("daformer", "demo", over={TINY | dict(precision="bf16")!r}), {str(data)!r}, {str(tmp_path)!r}, quiet=True)
 dtypes = set()
 t.student.head.conv_seg.register_forward_hook(lambda m,i,o: dtypes.add(o.dtype))

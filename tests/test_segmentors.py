@@ -1,12 +1,12 @@
 "Every family of encoders with every head, and in HRDA: one tester for what a segmentor must do, whatever it is made of"
 import copy
 import pytest, torch
-from udanb.core import Sample, seed_all
-from udanb.heads import HEADS
-from udanb.hrda import HRDA
-from udanb.losses import CE
-from udanb.segmentor import Segmentor, param_groups
-from udanb.weights import load_into, save_weights
+from udanb.core.types import Sample, seed_all
+from udanb.models.heads import HEADS
+from udanb.models.hrda import HRDA
+from udanb.training.losses import CE
+from udanb.models.segmentor import Segmentor, param_groups
+from udanb.checkpoints.weights import load_into, save_weights
 from test_backbones import TINY, tiny
 
 FAMILIES = [f for f in TINY if f!='eva02_l']

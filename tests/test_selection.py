@@ -4,9 +4,9 @@ import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from torch import nn
 from hypothesis import given, settings, strategies as st
-from udanb.core import Out, Sample, normalize
-from udanb.infer import slide
-from udanb.selection import BETTER, Predictive, label_free, rank_correlation, selection_table
+from udanb.core.types import Out, Sample, normalize
+from udanb.inference.predict import slide
+from udanb.inference.label_free import BETTER, Predictive, label_free, rank_correlation, selection_table
 
 class Net(nn.Module):
     def __init__(self, n=4): super().__init__(); torch.manual_seed(0); self.conv,self.drop = nn.Conv2d(3, n, 4, stride=4),nn.Dropout(.9)

@@ -3,16 +3,16 @@ import json, os, subprocess, sys
 from functools import partial
 import pandas as pd, pytest, torch
 from conftest import ROOT
-from udanb.build import evaluator, target_folders
-from udanb.core import read_json, seed_all, write_json
-from udanb.demo import write_demo
-from udanb.labels import CITYSCAPES19
-from udanb.recipes import identity, make_recipe
-from udanb.runs import load_run, read_run, samples, scores
-from udanb.segmentor import segmentor
-from udanb.selection import label_free
-from udanb.transforms import fit
-from udanb.weights import average, load_weights, save_weights, update_bn, weights_hash
+from udanb.runs.build import evaluator, target_folders
+from udanb.core.types import read_json, seed_all, write_json
+from udanb.demo.render import write_demo
+from udanb.core.labels import CITYSCAPES19
+from udanb.runs.recipe import identity, make_recipe
+from udanb.runs.run import load_run, read_run, samples, scores
+from udanb.models.segmentor import segmentor
+from udanb.inference.label_free import label_free
+from udanb.data.transforms import fit
+from udanb.checkpoints.weights import average, load_weights, save_weights, update_bn, weights_hash
 
 PAGE = ROOT/'nbs'/'soup.ipynb'
 CELLS = [c for c in json.loads(PAGE.read_text(encoding='utf-8'))['cells'] if c['cell_type']=='code']

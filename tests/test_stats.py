@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np, psutil, pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
-from udanb import stats
-from udanb.catalog import CITYSCAPES, GTA, TOWN
-from udanb.datasets import SegFolder
-from udanb.labels import CAMVID11, CAMVID_MERGE, CITYSCAPES_IDS
-from udanb.loaders import SegConcat
-from udanb.stats import RareClassSampler, class_stats, count_label, keep_stats, label_keys, native_ids, odds, rcs_px, read_stats, stats_files
+from udanb.data import class_stats as stats
+from udanb.data.catalog import CITYSCAPES, GTA, TOWN
+from udanb.data.datasets import SegFolder
+from udanb.core.labels import CAMVID11, CAMVID_MERGE, CITYSCAPES_IDS
+from udanb.data.loaders import SegConcat
+from udanb.data.class_stats import RareClassSampler, class_stats, count_label, keep_stats, label_keys, native_ids, odds, rcs_px, read_stats, stats_files
 
 GOLDEN = Path(__file__).parent/'golden'
 IDS = np.array(sorted(CITYSCAPES_IDS, key=CITYSCAPES_IDS.get), np.uint8)   # train id -> label id
@@ -178,7 +178,7 @@ def test_ctrl_c_keeps_what_was_counted(data, monkeypatch, asked):
 
 KILLED = """
 import sys, time
-from udanb import stats
+from udanb.data import class_stats as stats
 from test_stats import gta
 stats.SAVE_EVERY,real = 0,stats.count_label
 def slow(f, i):

@@ -4,9 +4,9 @@ from pathlib import Path
 import albumentations as A, cv2, numpy as np, pytest, torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
-from udanb.core import IGNORE, MEAN, denormalize, normalize
-from udanb.labels import count_ids
-from udanb.transforms import (AUGMENT, EvalTfm, GaussNoise2022, LabelCrop, PhotoMetricDistortion, Strong, TrainTfm, blur, byte_table, fit, fit_size,
+from udanb.core.types import IGNORE, MEAN, denormalize, normalize
+from udanb.core.labels import count_ids
+from udanb.data.transforms import (AUGMENT, EvalTfm, GaussNoise2022, LabelCrop, PhotoMetricDistortion, Strong, TrainTfm, blur, byte_table, fit, fit_size,
                               grid_shuffle, hue, in_hsv, jitter, kernel_size, saturation, to_sample, varied, void_mask)
 
 GOLDEN = Path(__file__).parent/'golden'

@@ -3,13 +3,13 @@ import weakref
 from functools import partial
 import cv2, numpy as np, pytest, torch, torch.nn.functional as F
 from torch import nn
-from udanb.core import Out, Sample, normalize, seed_all
-from udanb.hrda import HRDA
-from udanb.infer import evaluate, inferring, predict, predict_folder, whole
-from udanb.labels import LabelSpace
-from udanb.metrics import Confusion
-from udanb.segmentor import segmentor
-from udanb.tta import RATIOS, probabilities, tta, view, view_size
+from udanb.core.types import Out, Sample, normalize, seed_all
+from udanb.models.hrda import HRDA
+from udanb.inference.predict import evaluate, inferring, predict, predict_folder, whole
+from udanb.core.labels import LabelSpace
+from udanb.inference.metrics import Confusion
+from udanb.models.segmentor import segmentor
+from udanb.inference.tta import RATIOS, probabilities, tta, view, view_size
 
 SPACE = LabelSpace('four', ('a','b','c','d'), ((10,0,0),(0,20,0),(0,0,30),(40,40,40)))
 

@@ -7,12 +7,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.optim import swa_utils
-from udanb.core import Sample, seed_all
-from udanb.demo import toy_pair
+from udanb.core.types import Sample, seed_all
+from udanb.demo.render import toy_pair
 from udanb.methods.daformer import source_only
-from udanb.segmentor import param_groups, segmentor
-from udanb.train import Trainer
-from udanb.weights import (MeanState, Snapshots, average, cycle_ends, cyclic, export_weights, greedy_soup, load_into, load_weights, plain, save_weights, soup,
+from udanb.models.segmentor import param_groups, segmentor
+from udanb.training.trainer import Trainer
+from udanb.checkpoints.weights import (MeanState, Snapshots, average, cycle_ends, cyclic, export_weights, greedy_soup, load_into, load_weights, plain, save_weights, soup,
                            strip, swa, update_bn, weights_hash)
 
 def make(seed=0):
@@ -98,7 +98,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, nets, monkeypatch):
     old = f.read_bytes()
     def full(p, blob):
         p.write_bytes(blob[:100]); raise OSError(28, 'No space left on device')
-    monkeypatch.setattr('udanb.weights._write', full)
+    monkeypatch.setattr('udanb.checkpoints.weights._write', full)
     with pytest.raises(OSError, match='No space'): save_weights(f, nets[1])
     assert f.read_bytes()==old and [p.name for p in tmp_path.iterdir()]==['m.safetensors']
 
@@ -294,7 +294,7 @@ def test_memory_does_not_grow_with_the_number_of_files(tmp_path):
     "Largest resident size of a real process after 2 and after 16 files of 16 MB"
     files = [save_weights(tmp_path/f'{i}.safetensors', dict(w=torch.full((4_000_000,), float(i)), b=torch.zeros(3))) for i in range(2)]
     code = '''import resource, sys
-from udanb.weights import average, greedy_soup
+from udanb.checkpoints.weights import average, greedy_soup
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss>>10
 ways = average, lambda fs: greedy_soup(fs, lambda s: 1.)[0]
 print([(float(way(sys.argv[1:]*k)['w'].mean()), peak()) for way in ways for k in (1,8)])'''

@@ -12,15 +12,15 @@ os.environ |= dict(NO_ALBUMENTATIONS_UPDATE='1')
 from collections import defaultdict
 from itertools import islice
 import pandas as pd, torch
-from udanb.build import batches, box, folders
-from udanb.core import progress, read_json, resolve
-from udanb.loaders import eval_loader
-from udanb.losses import upsample
+from udanb.runs.build import batches, box, folders
+from udanb.core.types import progress, read_json, resolve
+from udanb.data.loaders import eval_loader
+from udanb.training.losses import upsample
 from udanb.methods.dida import InstanceBank, aggregate, candidates, check_bank, grid_labels
-from udanb.metrics import Confusion, iou_dict
-from udanb.recipes import from_json
-from udanb.runs import load_run
-from udanb.transforms import EvalTfm
+from udanb.inference.metrics import Confusion, iou_dict
+from udanb.runs.recipe import from_json
+from udanb.runs.run import load_run
+from udanb.data.transforms import EvalTfm
 
 @torch.no_grad()
 def filled(net, loader, n, edge):
