@@ -19,10 +19,11 @@ from udanb.demo.render import scene
 from udanb.core.image_io import read_ids, read_image
 from udanb.core.labels import CITYSCAPES19, CITYSCAPES_IDS, CITYSCAPES_VOID, id_table, remap
 from udanb.data.loaders import pair_loader
-from udanb.data.inspection import cached
+from udanb.data.cache import cached
 from udanb.inference.metrics import Confusion
 from udanb.data.validation import survey
-from udanb.data.class_stats import RareClassSampler, class_stats
+from udanb.data.samplers import RareClassSampler
+from udanb.data.class_stats import class_stats
 from udanb.data.transforms import TrainTfm
 
 TO_ID = np.full(256, 0, np.uint8)          # train id -> Cityscapes id

@@ -25,14 +25,15 @@ from accelerate import Accelerator
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from udanb.runs.build import network
-from udanb.core.types import IGNORE, MEAN, STD, Sample, pick, seed_all
+from udanb.core.types import IGNORE, MEAN, STD, Sample
+from udanb.core.utils import pick, seed_all
 from udanb.core.labels import CITYSCAPES19 as SPACE
 from udanb.training.losses import FeatureDistance
 from udanb.methods.cluda import chunked_contrast
-from udanb.runs.recipe import METHODS, PLUS, RECIPES
+from udanb.runs.presets import METHODS, PLUS, RECIPES
 from udanb.models.segmentor import param_groups
 from udanb.training.trainer import Trainer
-from udanb.data.transforms import Strong
+from udanb.data.augment import Strong
 
 MB = 2**20
 NETS = dict(   # recipe fields; lite0 as in the settings of town, MiT-B0 with the usual head of 256 channels

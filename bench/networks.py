@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from udanb.models.heads import ConvBN, DAFormerHead
+from udanb.models.layers import ConvBN
+from udanb.models.heads import DAFormerHead
 from udanb.models.segmentor import segmentor
 
 DIMS = dict(mit_b0=(32,64,160,256), mit_b2=(64,128,320,512))

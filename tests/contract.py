@@ -1,7 +1,7 @@
 "What every head is held to, whatever feature maps it is given"
 import copy, io
 import torch
-from udanb.core.types import seed_all
+from udanb.core.utils import seed_all
 
 GRIDS = [((16,24),(8,12),(4,6),(2,3)), ((19,13),(10,7),(5,4),(3,2))]      # of a 64×96 and a 73×51 image
 

@@ -8,8 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 from udanb.models import backbones
 from udanb.models.backbones import BACKBONES, backbone, describe, imagenet_file, known_weights, layer_ids, load_strict, lr_scales
-from udanb.core.types import seed_all
-from udanb.models.segmentor import segmentor, to_published
+from udanb.core.utils import seed_all
+from udanb.models.segmentor import segmentor
+from udanb.models.released import to_published
 from udanb.core.state_dicts import read_state
 from udanb.models.timm_encoders import TIMM, TimmMaps
 

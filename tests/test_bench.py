@@ -1,9 +1,9 @@
 "bench/methods.py: its instruments against known amounts, and its tables in quick mode; tools/opinions.py"
 import importlib.util, re, subprocess, sys, time
 import pytest, torch
-from udanb.core.types import read_json
+from udanb.core.utils import read_json
 from udanb.demo.render import write_demo
-from udanb.runs.recipe import make_recipe
+from udanb.runs.presets import make_recipe
 from udanb.runs.run import run
 
 @pytest.fixture(scope='module')

@@ -12,18 +12,25 @@ from udanb.models.backbones import backbone
 from udanb.runs.build import build, folders, target_folders
 from udanb.data.catalog import CAMVID, TOWN
 from udanb.runs.stages import gather, label_target, labels_in, recipe_of, weights_of
-from udanb.core.types import IGNORE, read_json, seed_all
+from udanb.core.types import IGNORE
+from udanb.core.utils import read_json, seed_all
 from udanb.demo.render import write_demo
 from udanb.core.image_io import read_ids
-from udanb.data.loaders import SegConcat
-from udanb.methods.ddb import Prototypes
+from udanb.data.concat import SegConcat
+from udanb.methods.prototypes import Prototypes
 from udanb.data.custom import fake_tree
-from udanb.runs.pipeline import STAMP, Pipeline, damaged, outputs, read_stamp
-from udanb.inference.export_labels import export_pseudo, read_rows
-from udanb.runs.recipe import make_recipe
-from udanb.runs.run import load_run, run
-from udanb.training.trainer import Step, Trainer, read_log
-from udanb.checkpoints.weights import load_weights, save_weights, weights_hash
+from udanb.runs.stamps import STAMP, damaged, outputs
+from udanb.runs.pipeline import Pipeline
+from udanb.runs.stamps import read_stamp
+from udanb.inference.export_labels import export_pseudo
+from udanb.data.pseudo_labels import read_rows
+from udanb.runs.presets import make_recipe
+from udanb.runs.results import load_run
+from udanb.runs.run import run
+from udanb.training.trainer import Step, Trainer
+from udanb.training.callbacks import read_log
+from udanb.checkpoints.weights import load_weights, save_weights
+from udanb.core.state_dicts import weights_hash
 
 CHILDREN = multiprocessing.get_context('forkserver')   # processes of their own that need not import torch again
 CHILDREN.set_forkserver_preload(['udanb.runs.stages'])

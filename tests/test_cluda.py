@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from udanb.core.types import IGNORE, Sample, seed_all
+from udanb.core.types import IGNORE, Sample
+from udanb.core.utils import seed_all
 from udanb.models.hrda import HRDA, paste
 from udanb.methods.cluda import (
     Contrast,

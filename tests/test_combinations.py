@@ -3,13 +3,14 @@ import math
 import pytest, torch, yaml
 from conftest import ROOT
 from udanb.runs.build import box, build
-from udanb.core.types import seed_all
+from udanb.core.utils import seed_all
 from udanb.demo.render import write_demo
 from udanb.methods.cluda import Aimed
 from udanb.methods.dida import Calibrated
 from udanb.methods.extras import Paste, pass_of
 from udanb.runs.grid import RUN
-from udanb.runs.recipe import make_recipe, pair_of
+from udanb.runs.presets import make_recipe
+from udanb.runs.recipe import pair_of
 from udanb.models.segmentor import param_groups, segmentor
 from udanb.training.trainer import Step
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import cv2, numpy as np, pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
-from udanb.core.types import IGNORE, project_root
+from udanb.core.types import IGNORE
+from udanb.core.utils import project_root
 from udanb.data.catalog import *
 from udanb.data.datasets import *
 from udanb.core.image_io import *

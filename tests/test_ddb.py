@@ -3,15 +3,16 @@ from dataclasses import replace
 import pytest, torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from udanb.core.types import IGNORE, Out, seed_all
+from udanb.core.types import IGNORE, Out
+from udanb.core.utils import seed_all
 from udanb.demo.render import toy_pair
 from udanb.models.hrda import HRDA
 from udanb.methods.daformer import dacs
-from udanb.methods.ddb import (Distill, Ensemble, Prototypes, Taught, agreement, bridge, cut_mask, distances, distill, find_prototypes, load_prototypes,
-                               pooled, rectified, save_prototypes, trust)
+from udanb.methods.ddb import Distill, Taught, bridge, cut_mask, distill
+from udanb.methods.prototypes import Ensemble, Prototypes, agreement, distances, find_prototypes, load_prototypes, pooled, rectified, save_prototypes, trust
 from udanb.models.segmentor import param_groups, segmentor
 from udanb.training.trainer import Step, Trainer
-from udanb.data.transforms import Strong
+from udanb.data.augment import Strong
 from udanb.checkpoints.weights import save_weights
 
 src,tgt = toy_pair(2)

@@ -3,14 +3,17 @@ import json, os, subprocess, sys
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from conftest import ROOT
-from udanb.core.types import normalize, seed_all, write_json
+from udanb.core.types import normalize
+from udanb.core.utils import seed_all, write_json
 from udanb.demo.render import scene, write_demo
 from udanb.models.hrda import HRDA
 from udanb.inference.predict import predict, slide
 from udanb.core.labels import CAMVID11, CITYSCAPES19
 from udanb.core.plots import overlay
-from udanb.runs.recipe import identity, make_recipe
-from udanb.models.segmentor import segmentor, to_published
+from udanb.runs.recipe import identity
+from udanb.runs.presets import make_recipe
+from udanb.models.segmentor import segmentor
+from udanb.models.released import to_published
 from udanb.checkpoints.weights import save_weights
 
 PAGE = ROOT/'nbs'/'demo_image.ipynb'
@@ -125,5 +128,5 @@ def test_bad_input_is_named(world, tmp_path, monkeypatch):
     torch.save(dict(state_dict=to_published(segmentor('mit_b0', 7, dim=16))), tmp_path/'seven.pth')
     fails(ValueError, 'tells 7 classes apart, and no label space of ours is theirs; give `space`', weights=str(tmp_path/'seven.pth'))
     assert not (tmp_path/'out').exists()
-    monkeypatch.setattr('udanb.core.types.project_root', lambda start=None: tmp_path)
+    monkeypatch.setattr('udanb.core.utils.project_root', lambda start=None: tmp_path)
     fails(FileNotFoundError, 'run `make demo` first', weights=None)

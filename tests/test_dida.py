@@ -4,16 +4,17 @@ from dataclasses import replace
 from types import SimpleNamespace
 import numpy as np, pytest, torch
 from torch.nn import functional as F
-from udanb.core.types import IGNORE, Out, Sample, seed_all
+from udanb.core.types import IGNORE, Out, Sample
+from udanb.core.utils import seed_all
 from udanb.demo.render import toy_pair
 from udanb.models.hrda import HRDA
 from udanb.core.labels import CITYSCAPES19
 from udanb.methods.daformer import daformer, source_only
-from udanb.methods.dida import (Calibrated, InstanceBank, InstanceLoss, Remember, aggregate, boundary, check_bank, dida, load_bank,
-                                profile_stats, save_bank, target_pixels, unfold)
+from udanb.methods.dida import Calibrated, InstanceLoss, Remember, dida, target_pixels
+from udanb.methods.instance_bank import InstanceBank, aggregate, boundary, check_bank, load_bank, profile_stats, save_bank, unfold
 from udanb.models.segmentor import param_groups, segmentor
 from udanb.training.trainer import Step, Trainer
-from udanb.data.transforms import Strong
+from udanb.data.augment import Strong
 
 PAIR = toy_pair(2)
 

@@ -6,15 +6,18 @@ from PIL import Image
 from conftest import ROOT
 from udanb.runs.build import evaluator
 from udanb.data.catalog import ACDC, DATASETS, ZEROWASTE_V2
-from udanb.core.types import normalize, read_json, seed_all, write_json
+from udanb.core.types import normalize
+from udanb.core.utils import read_json, seed_all, write_json
 from udanb.data.datasets import SegFolder
 from udanb.demo.render import write_demo
 from udanb.core.image_io import read_ids
-from udanb.inference.predict import predict, slide, weights_hash
+from udanb.inference.predict import predict, slide
+from udanb.core.state_dicts import weights_hash
 from udanb.core.labels import CAMVID11, CITYSCAPES19, SYNTHIA13, ZEROWASTE5, colorize
 from udanb.inference.metrics import Confusion, iou_dict
 from udanb.data.custom import fake_tree
-from udanb.runs.recipe import identity, make_recipe, pair_of
+from udanb.runs.recipe import identity, pair_of
+from udanb.runs.presets import make_recipe
 from udanb.models.segmentor import segmentor
 from udanb.inference.label_free import label_free
 from udanb.data.transforms import fit

@@ -8,8 +8,11 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parent))
 import contract as c
 from udanb.models import heads
-from udanb.core.types import Out, Sample, seed_all
-from udanb.models.heads import HEADS, DAFormerHead, DLV2AdapterHead, LastFCNHead, On, SegFormerHead, UPerHead, dilated
+from udanb.core.types import Out, Sample
+from udanb.core.utils import seed_all
+from udanb.models.heads import HEADS, DAFormerHead, DLV2AdapterHead, LastFCNHead, SegFormerHead, UPerHead
+from udanb.models.segmentor import On
+from udanb.models.layers import dilated
 from udanb.training.losses import CE
 
 CHANNELS = {'MiT-like':(4,6,10,16), 'CNN-like':(3,5,7,9), 'ViT-like':(8,8,8,8)}

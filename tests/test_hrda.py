@@ -4,7 +4,8 @@ import pytest, torch
 from torch import nn
 from torch.nn import functional as F
 from udanb.models.backbones import backbone
-from udanb.core.types import Sample, seed_all
+from udanb.core.types import Sample
+from udanb.core.utils import seed_all
 from udanb.models.heads import DAFormerHead, DLV2Head
 from udanb.models.hrda import HRDA, OnContext, OnDetail, detail_windows, random_boxes
 from udanb.inference.predict import windows

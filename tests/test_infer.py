@@ -4,8 +4,12 @@ import numpy as np, pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 from torch import nn
-from udanb.core.types import IGNORE, Out, Sample, normalize, read_json, seed_all
-from udanb.inference.predict import evaluate, find_images, inferring, plain_repr, predict, predict_folder, slide, weights_hash, whole, windows
+from udanb.core.types import IGNORE, Out, Sample, normalize
+from udanb.core.utils import read_json, seed_all
+from udanb.inference.predict import evaluate, predict, slide, whole, windows
+from udanb.inference.folder import find_images, predict_folder
+from udanb.core.utils import inferring, plain_repr
+from udanb.core.state_dicts import weights_hash
 from udanb.core.labels import CAMVID11, LabelSpace, colorize
 from udanb.inference.metrics import Confusion
 

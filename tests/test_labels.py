@@ -4,7 +4,8 @@ from pathlib import Path
 import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
-from udanb.core.types import IGNORE, project_root
+from udanb.core.types import IGNORE
+from udanb.core.utils import project_root
 from udanb.core.labels import *
 from udanb.core.labels import UNKNOWN
 

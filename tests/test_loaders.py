@@ -9,8 +9,10 @@ from udanb.data import datasets
 from udanb.data.catalog import GTA
 from udanb.data.datasets import SegFolder
 from udanb.core.labels import CAMVID11, CITYSCAPES19
-from udanb.data.loaders import SegConcat, draw_image, eval_loader, pair_loader
-from udanb.data.class_stats import RareClassSampler, class_stats
+from udanb.data.concat import SegConcat, draw_image
+from udanb.data.loaders import eval_loader, pair_loader
+from udanb.data.samplers import RareClassSampler
+from udanb.data.class_stats import class_stats
 from udanb.data.transforms import AUGMENT, EvalTfm, TrainTfm
 
 data,gta,city,write = test_stats.data,test_stats.gta,test_stats.city,test_stats.write   # the same small trees

@@ -7,10 +7,11 @@ from torch import nn
 GOLDEN = Path(__file__).parent/'golden'
 sys.path.insert(0, str(GOLDEN))
 import rules
-from udanb.core.types import IGNORE, Out, Sample, seed_all
+from udanb.core.types import IGNORE, Out, Sample
+from udanb.core.utils import seed_all
 from udanb.training.losses import CE, FeatureDistance, shrink_labels
 from udanb.training.teacher import EMATeacher, confidence, ema_alpha, margin_weight
-from udanb.training.trainer import poly_warmup
+from udanb.training.schedules import poly_warmup
 from udanb.training.views import class_mask
 
 units = json.loads((GOLDEN/'units.json').read_text())
@@ -98,7 +99,8 @@ def test_teacher_keeps_dropout_off_and_never_gets_gradients():
         else: assert not torch.allclose(t(x[:1]).logits, a[:1])
 
 def test_three_ema_updates_are_the_published_ones():
-    from udanb.models.segmentor import published_keys, segmentor
+    from udanb.models.released import published_keys
+    from udanb.models.segmentor import segmentor
     student,teacher = (segmentor('mit_b0', 19).double() for _ in range(2))
     for net,seed in ((student,0), (teacher,200_000)):
         names = published_keys(net)

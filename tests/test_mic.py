@@ -3,14 +3,15 @@ from types import SimpleNamespace
 import math
 import pytest, torch
 from torch.nn import functional as F
-from udanb.core.types import IGNORE, Sample, seed_all
+from udanb.core.types import IGNORE, Sample
+from udanb.core.utils import seed_all
 from udanb.demo.render import toy_pair
 from udanb.models.hrda import HRDA
 from udanb.methods.daformer import dacs, daformer, source_only
 from udanb.methods.mic import MODES, both, mic
 from udanb.models.segmentor import param_groups, segmentor
 from udanb.training.trainer import Step, Trainer
-from udanb.data.transforms import Strong
+from udanb.data.augment import Strong
 from udanb.training.views import Masked, patch_mask, source, target
 
 src,tgt = toy_pair(2)

@@ -11,9 +11,11 @@ GOLDEN = Path(__file__).parent/'golden'
 sys.path.insert(0, str(GOLDEN))
 import rules
 from udanb.models.backbones import backbone, imagenet_file, lite_names, load_strict
-from udanb.core.types import MEAN, STD, seed_all
+from udanb.core.types import MEAN, STD
+from udanb.core.utils import seed_all
 from udanb.models.heads import DAFormerHead
-from udanb.models.segmentor import from_published, param_groups, published_keys, segmentor, to_published
+from udanb.models.released import from_published, published_keys, to_published
+from udanb.models.segmentor import param_groups, segmentor
 from udanb.core.state_dicts import read_state
 
 LITE = 'tf_efficientnet_lite0'

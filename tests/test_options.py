@@ -2,7 +2,8 @@
 from contextlib import nullcontext
 import numpy as np, pytest, torch, yaml
 from conftest import ROOT
-from udanb.core.types import IGNORE, Out, Sample, denormalize, normalize, seed_all
+from udanb.core.types import IGNORE, Out, Sample, denormalize, normalize
+from udanb.core.utils import seed_all
 from udanb.demo.render import toy_pair
 from udanb.models.hrda import HRDA
 from udanb.core.labels import CITYSCAPES19

@@ -5,15 +5,20 @@ import pytest
 from torch import nn
 from udanb.models.backbones import backbone
 from udanb.data.catalog import DATASETS
-from udanb.core.types import Out, atomic_write, read_json, seed_all
+from udanb.core.types import Out
+from udanb.core.utils import atomic_write, read_json, seed_all
 from udanb.data.datasets import SegFolder
 from udanb.demo.render import write_demo
-from udanb.inference.predict import predict_folder
+from udanb.inference.folder import predict_folder
 from udanb.core.labels import CITYSCAPES19
-from udanb.runs.pipeline import LOST, STAMP, Pipeline, damaged, fingerprint, outputs, read_stamp
-from udanb.inference.export_labels import export_pseudo, pseudo_spec
-from udanb.runs.recipe import make_recipe
-from udanb.runs.run import load_run, taken
+from udanb.runs.stamps import LOST, STAMP, damaged, fingerprint, outputs
+from udanb.runs.pipeline import Pipeline
+from udanb.runs.stamps import read_stamp
+from udanb.inference.export_labels import export_pseudo
+from udanb.data.pseudo_labels import pseudo_spec
+from udanb.runs.presets import make_recipe
+from udanb.runs.results import load_run
+from udanb.runs.provenance import taken
 from udanb.data.class_stats import class_stats
 from udanb.training.trainer import Trainer
 from udanb.checkpoints.weights import load_weights, save_weights

@@ -9,7 +9,8 @@ from udanb.data.catalog import CAMVID, CITYSCAPES, GTA, MAPILLARY, SYNSCAPES, SY
 from udanb.data.datasets import SegFolder
 from udanb.core.image_io import read_ids, read_image
 from udanb.core.labels import CITYSCAPES_IDS, SYNTHIA_IDS
-from udanb.data.inspection import cache_dir, cached, converted, downscale, journals, read_journal, unfinished
+from udanb.data.cache import cache_dir, cached, downscale, journals, read_journal, unfinished
+from udanb.data.inspection import converted
 from udanb.data.custom import fake_tree, own_dataset
 from udanb.data.validation import open_splits, problems, show_frequencies, summary, survey, unknown_ids, unpaired, verdict
 from udanb.data.class_stats import class_stats, stats_files
@@ -288,7 +289,7 @@ def test_full_disk_stops_and_goes_on(tmp_path, monkeypatch):
         if left[0]<0: raise OSError(errno.ENOSPC, 'No space left on device', str(b))
         return real(a, b)
     with monkeypatch.context() as m:
-        m.setattr('udanb.core.types.os.replace', full)
+        m.setattr('udanb.core.utils.os.replace', full)
         with pytest.raises(OSError, match='No space left.*lost nothing.*run the same command again') as e: survey(train(GTA, tmp_path), convert=True, **KW)
     assert e.value.errno==errno.ENOSPC and lines(d)==3 and not list(d.rglob('*.part*'))
     s = survey(train(GTA, tmp_path), convert=True, **KW)
@@ -306,7 +307,7 @@ def test_disk_full_while_the_journal_is_written(tmp_path, monkeypatch):
             self.n += 1
             self.f.write(b if self.n<3 else b[:20])
             if self.n==3: raise OSError(errno.ENOSPC, 'No space left on device')
-    from udanb.data.inspection import open_journal
+    from udanb.data.cache import open_journal
     with monkeypatch.context() as m:
         m.setattr('udanb.data.validation.open_journal', lambda f: Tight(open_journal(f)))
         with pytest.raises(OSError, match='lost nothing'): survey(train(GTA, tmp_path), **KW)
@@ -333,7 +334,7 @@ def test_nowhere_to_write_a_journal(tmp_path, monkeypatch):
     gta(tmp_path)
     monkeypatch.chdir(tmp_path)
     (tmp_path/'outputs').touch(); (tmp_path/'gta/survey.jsonl').mkdir()
-    monkeypatch.setattr('udanb.data.inspection.read_journal', lambda f: {}); monkeypatch.setattr('udanb.data.validation.read_journal', lambda f: {})
+    monkeypatch.setattr('udanb.data.cache.read_journal', lambda f: {}); monkeypatch.setattr('udanb.data.validation.read_journal', lambda f: {})
     with pytest.warns(UserWarning, match='no journal'): assert survey(train(GTA, tmp_path), **KW).new==4
 
 def test_workers_make_no_difference(tmp_path):

@@ -55,7 +55,7 @@ def test_readme_own_data_snippet(tmp_path):
     "The description README shows for own data is read as it stands"
     import numpy as np, yaml
     from PIL import Image
-    from udanb.data.catalog import find_pair
+    from udanb.data.pairs import find_pair
     from udanb.data.datasets import SegFolder
     p = yaml.safe_load(re.search(r'^```yaml\n(.*?)^```', (ROOT/'README.md').read_text(), re.M|re.S)[1])
     for split in ('train','val'):

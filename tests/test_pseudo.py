@@ -9,7 +9,8 @@ from torch import nn
 from conftest import ROOT
 from udanb.runs.build import stored
 from udanb.data.catalog import CAMVID, CITYSCAPES, DATASETS, MAPILLARY, ZEROWASTE_V2
-from udanb.core.types import IGNORE, Out, normalize, seed_all, write_json
+from udanb.core.types import IGNORE, Out, normalize
+from udanb.core.utils import seed_all, write_json
 from udanb.data.datasets import LabelFiles, SegFolder, SegSpec
 from udanb.demo.render import write_demo
 from udanb.core.image_io import read_ids
@@ -17,8 +18,10 @@ from udanb.inference.predict import predict
 from udanb.core.labels import CAMVID11, CITYSCAPES19, SPACES, ZEROWASTE5
 from udanb.data.loaders import pair_loader
 from udanb.data.custom import fake_tree, own_dataset
-from udanb.inference.export_labels import export_pseudo, labelled, numbers, place, pseudo_sample, pseudo_spec, pseudo_stats, read_rows, read_stamp, show_pseudo, sure, thresholds
-from udanb.runs.recipe import identity, make_recipe
+from udanb.inference.export_labels import export_pseudo, sure, thresholds
+from udanb.data.pseudo_labels import labelled, numbers, place, pseudo_sample, pseudo_spec, pseudo_stats, read_rows, read_stamp, show_pseudo
+from udanb.runs.recipe import identity
+from udanb.runs.presets import make_recipe
 from udanb.models.segmentor import segmentor
 from udanb.data.class_stats import class_stats
 from udanb.data.transforms import TrainTfm, fit

@@ -7,7 +7,8 @@ from safetensors.torch import save_file
 from udanb.models.backbones import backbone
 from udanb.models.hrda import HRDA
 from udanb.models.released import load_published, looks_like, respell
-from udanb.models.segmentor import param_groups, published_keys, segmentor, to_published
+from udanb.models.segmentor import param_groups, segmentor
+from udanb.models.released import published_keys, to_published
 
 def gold(golden, v):
     "Recorded names and shapes of MiT + DAFormer head, in DAFormer's own order"

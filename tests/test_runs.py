@@ -5,13 +5,15 @@ from pathlib import Path
 import numpy as np, pytest, torch, yaml
 from PIL import Image
 from udanb.data.catalog import CAMVID, TOWN
-from udanb.core.types import read_json
+from udanb.core.utils import read_json
 from udanb.demo.render import write_demo
 from udanb.models.heads import HEADS
 from udanb.data.custom import fake_tree
 from udanb.runs.build import batches, build, folders
-from udanb.runs.recipe import RECIPES, make_recipe, pair_of
-from udanb.runs.run import load_run, read_run, run, run_name, scores
+from udanb.runs.presets import RECIPES, make_recipe
+from udanb.runs.recipe import pair_of
+from udanb.runs.results import load_run, read_run, run_name, scores
+from udanb.runs.run import run
 from udanb.checkpoints.weights import load_weights
 
 ROOT = Path(__file__).resolve().parent.parent

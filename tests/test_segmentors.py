@@ -1,7 +1,8 @@
 "Every family of encoders with every head, and in HRDA: one tester for what a segmentor must do, whatever it is made of"
 import copy
 import pytest, torch
-from udanb.core.types import Sample, seed_all
+from udanb.core.types import Sample
+from udanb.core.utils import seed_all
 from udanb.models.heads import HEADS
 from udanb.models.hrda import HRDA
 from udanb.training.losses import CE

@@ -4,15 +4,18 @@ from functools import partial
 import pandas as pd, pytest, torch
 from conftest import ROOT
 from udanb.runs.build import evaluator, target_folders
-from udanb.core.types import read_json, seed_all, write_json
+from udanb.core.utils import read_json, seed_all, write_json
 from udanb.demo.render import write_demo
 from udanb.core.labels import CITYSCAPES19
-from udanb.runs.recipe import identity, make_recipe
-from udanb.runs.run import load_run, read_run, samples, scores
+from udanb.runs.recipe import identity
+from udanb.runs.presets import make_recipe
+from udanb.runs.results import load_run, read_run, samples, scores
 from udanb.models.segmentor import segmentor
 from udanb.inference.label_free import label_free
 from udanb.data.transforms import fit
-from udanb.checkpoints.weights import average, load_weights, save_weights, update_bn, weights_hash
+from udanb.checkpoints.averaging import average, update_bn
+from udanb.checkpoints.weights import load_weights, save_weights
+from udanb.core.state_dicts import weights_hash
 
 PAGE = ROOT/'nbs'/'soup.ipynb'
 CELLS = [c for c in json.loads(PAGE.read_text(encoding='utf-8'))['cells'] if c['cell_type']=='code']

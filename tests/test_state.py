@@ -3,7 +3,7 @@ import builtins, io, os, pickle
 import numpy as np, pytest, torch
 from safetensors.torch import save_file
 from torch import nn
-from udanb.core.types import seed_all
+from udanb.core.utils import seed_all
 from udanb.core.state_dicts import ENDINGS, by_role, diff_lines, key_diff, one_network, read_safetensors, read_state, read_torch, unwrap, weight_file
 
 def make(seed=0):

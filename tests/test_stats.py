@@ -9,8 +9,10 @@ from udanb.data import class_stats as stats
 from udanb.data.catalog import CITYSCAPES, GTA, TOWN
 from udanb.data.datasets import SegFolder
 from udanb.core.labels import CAMVID11, CAMVID_MERGE, CITYSCAPES_IDS
-from udanb.data.loaders import SegConcat
-from udanb.data.class_stats import RareClassSampler, class_stats, count_label, keep_stats, label_keys, native_ids, odds, rcs_px, read_stats, stats_files
+from udanb.data.concat import SegConcat
+from udanb.data.samplers import RareClassSampler, rcs_px
+from udanb.data.class_stats import class_stats, count_label, keep_stats, label_keys, native_ids, read_stats, stats_files
+from udanb.data.concat import odds
 
 GOLDEN = Path(__file__).parent/'golden'
 IDS = np.array(sorted(CITYSCAPES_IDS, key=CITYSCAPES_IDS.get), np.uint8)   # train id -> label id

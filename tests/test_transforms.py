@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from udanb.core.types import IGNORE, MEAN, denormalize, normalize
 from udanb.core.labels import count_ids
-from udanb.data.transforms import (AUGMENT, EvalTfm, GaussNoise2022, LabelCrop, PhotoMetricDistortion, Strong, TrainTfm, blur, byte_table, fit, fit_size,
-                              grid_shuffle, hue, in_hsv, jitter, kernel_size, saturation, to_sample, varied, void_mask)
+from udanb.data.transforms import AUGMENT, EvalTfm, GaussNoise2022, LabelCrop, PhotoMetricDistortion, TrainTfm, byte_table, fit, fit_size, grid_shuffle, in_hsv, to_sample, varied, void_mask
+from udanb.data.augment import Strong, blur, hue, jitter, kernel_size, saturation
 
 GOLDEN = Path(__file__).parent/'golden'
 UNITS = json.loads((GOLDEN/'units.json').read_text())

@@ -3,9 +3,12 @@ import weakref
 from functools import partial
 import cv2, numpy as np, pytest, torch, torch.nn.functional as F
 from torch import nn
-from udanb.core.types import Out, Sample, normalize, seed_all
+from udanb.core.types import Out, Sample, normalize
+from udanb.core.utils import seed_all
 from udanb.models.hrda import HRDA
-from udanb.inference.predict import evaluate, inferring, predict, predict_folder, whole
+from udanb.inference.predict import evaluate, predict, whole
+from udanb.core.utils import inferring
+from udanb.inference.folder import predict_folder
 from udanb.core.labels import LabelSpace
 from udanb.inference.metrics import Confusion
 from udanb.models.segmentor import segmentor

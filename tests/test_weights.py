@@ -7,13 +7,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.optim import swa_utils
-from udanb.core.types import Sample, seed_all
+from udanb.core.types import Sample
+from udanb.core.utils import seed_all
 from udanb.demo.render import toy_pair
 from udanb.methods.daformer import source_only
 from udanb.models.segmentor import param_groups, segmentor
 from udanb.training.trainer import Trainer
-from udanb.checkpoints.weights import (MeanState, Snapshots, average, cycle_ends, cyclic, export_weights, greedy_soup, load_into, load_weights, plain, save_weights, soup,
-                           strip, swa, update_bn, weights_hash)
+from udanb.checkpoints.averaging import MeanState, average, greedy_soup, soup, swa, update_bn
+from udanb.training.callbacks import Snapshots
+from udanb.training.schedules import cycle_ends, cyclic
+from udanb.checkpoints.weights import export_weights, load_into, load_weights, plain, save_weights, strip
+from udanb.core.state_dicts import weights_hash
 
 def make(seed=0):
     seed_all(seed)

@@ -13,13 +13,13 @@ from collections import defaultdict
 from itertools import islice
 import pandas as pd, torch
 from udanb.runs.build import batches, box, folders
-from udanb.core.types import progress, read_json, resolve
+from udanb.core.utils import progress, read_json, resolve
 from udanb.data.loaders import eval_loader
-from udanb.training.losses import upsample
-from udanb.methods.dida import InstanceBank, aggregate, candidates, check_bank, grid_labels
+from udanb.core.utils import upsample
+from udanb.methods.instance_bank import InstanceBank, aggregate, candidates, check_bank, grid_labels
 from udanb.inference.metrics import Confusion, iou_dict
 from udanb.runs.recipe import from_json
-from udanb.runs.run import load_run
+from udanb.runs.results import load_run
 from udanb.data.transforms import EvalTfm
 
 @torch.no_grad()

@@ -9,9 +9,11 @@ __all__ = ['CITYSCAPES19', 'CITYSCAPES_IDS', 'CITYSCAPES_VOID', 'SYNTHIA_IDS', '
 
 # %% ../../nbs/core/02_labels.ipynb #7b29a74d
 from dataclasses import dataclass
-import cv2, numpy as np
+import cv2
+import numpy as np
 from fastcore.basics import patch
-from .types import IGNORE, pick
+from .types import IGNORE
+from .utils import pick
 
 # %% ../../nbs/core/02_labels.ipynb #5a27f5f7
 @dataclass(frozen=True, repr=False)

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['ENDINGS', 'ROLES', 'weight_file', 'read_torch', 'read_safetensors', 'unwrap', 'read_state', 'by_role', 'one_network',
-           'key_diff', 'diff_lines']
+           'key_diff', 'diff_lines', 'weights_hash']
 
 # %% ../../nbs/core/04_state_dicts.ipynb #f6be5f9e
+import hashlib
 import pickle
 from pathlib import Path
-import numpy as np, torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from .types import pick
+import numpy as np
+import torch
+from safetensors import safe_open, SafetensorError
+from torch import nn, Tensor
+from .utils import pick
 
 # %% ../../nbs/core/04_state_dicts.ipynb #b1f5cb40
 ENDINGS = '.safetensors','.pth','.pt','.ckpt','.bin','.tar'
@@ -139,3 +141,16 @@ def diff_lines(
 )->list: # of str: one for each kind
     "The differences in words"
     return [f"{len(v)} {k}: {', '.join(v[:5])}{', …' if len(v)>5 else ''}" for k,v in diff.items()]
+
+# %% ../../nbs/core/04_state_dicts.ipynb #4165f019
+def weights_hash(
+    net,  # a network, or a state dict
+    n=8,  # hexadecimal digits
+)->str:
+    "First digits of the SHA-256 over names, types, shapes and values; the order of the entries and the device do not matter"
+    state,h = net.state_dict() if isinstance(net, nn.Module) else net,hashlib.sha256()
+    for k in sorted(state):
+        t = state[k].detach().cpu().contiguous()
+        h.update(f'{k} {t.dtype} {tuple(t.shape)}\n'.encode())
+        h.update(t.reshape(-1).view(torch.uint8).numpy())
+    return h.hexdigest()[:n]

@@ -7,15 +7,15 @@ __all__ = ['LabelFiles', 'SegSpec', 'SegFolder']
 
 # %% ../../nbs/data/00_datasets.ipynb #4db53b74
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Callable
 import numpy as np
 from PIL import Image
 from fastcore.basics import patch
-from ..core.types import pick, resolve
 from ..core.image_io import find_files, image_size, read_ids, read_image
-from ..core.labels import CITYSCAPES19, LabelSpace, compose, id_table, into, remap
+from ..core.labels import CITYSCAPES19, compose, id_table, into, LabelSpace, remap
+from ..core.utils import pick, resolve
 
 # %% ../../nbs/data/00_datasets.ipynb #e3e9955b
 @dataclass(frozen=True)

@@ -8,10 +8,13 @@ __all__ = ['BETTER', 'Predictive', 'label_free', 'selection_table', 'rank_correl
 # %% ../../nbs/inference/04_label_free.ipynb #29a7fb2a
 import math
 from pathlib import Path
-import pandas as pd, torch
-from torch import Tensor, nn
-from ..core.types import Sample, normalize, progress
-from .predict import find_images, inferring, slide, whole
+import pandas as pd
+import torch
+from torch import nn, Tensor
+from ..core.types import normalize, Sample
+from ..core.utils import inferring, progress
+from .folder import find_images
+from .predict import slide, whole
 
 # %% ../../nbs/inference/04_label_free.ipynb #2cc56c73
 class Predictive:

@@ -6,8 +6,11 @@
 __all__ = ['Confusion', 'iou_dict', 'delta_table', 'miou_table']
 
 # %% ../../nbs/inference/01_metrics.ipynb #9fe40ba1
+import cv2
+import numpy as np
+import pandas as pd
+import torch
 from fastcore.basics import patch
-import cv2, numpy as np, pandas as pd, torch
 from torch import Tensor
 from ..core.types import IGNORE
 

@@ -6,11 +6,9 @@
 __all__ = ['RATIOS', 'view_size', 'view', 'tta', 'probabilities']
 
 # %% ../../nbs/inference/02_tta.ipynb #bf6ef767
-from functools import partial
-from torch import Tensor, nn
-from ..core.types import pick
-from .predict import inferring, slide, whole
-from ..training.losses import upsample
+from torch import nn, Tensor
+from ..core.utils import inferring, pick, upsample
+from .predict import slide, whole
 
 # %% ../../nbs/inference/02_tta.ipynb #12d820ea
 def view_size(

@@ -8,12 +8,12 @@ __all__ = ['grid_of', 'at_points', 'labels_at', 'detail_at', 'log_share', 'contr
 
 # %% ../../nbs/methods/04_cluda.ipynb #bff4a49b
 import torch
+from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.nn import functional as F
-from fastcore.basics import patch
 from ..core.types import IGNORE, Out, Sample
+from ..core.utils import upsample
 from ..inference.predict import windows
-from ..training.losses import upsample
 from ..training.trainer import Method
 
 # %% ../../nbs/methods/04_cluda.ipynb #6fac236f

@@ -10,7 +10,7 @@ from copy import deepcopy
 from ..training.losses import CE, FeatureDistance
 from ..training.teacher import EMATeacher
 from ..training.trainer import Method, Pass
-from ..training.views import Mixed, class_mask, source
+from ..training.views import class_mask, Mixed, source
 
 # %% ../../nbs/methods/00_daformer.ipynb #a03c0863
 def source_only(

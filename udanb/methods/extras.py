@@ -9,7 +9,7 @@ __all__ = ['RARE', 'pass_of', 'soft', 'rare_classes', 'Bank', 'Paste', 'paste', 
 import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
-from ..core.types import Out, Sample, denormalize, normalize
+from ..core.types import denormalize, normalize, Out, Sample
 from ..training.losses import CE
 from ..training.trainer import Method, Pass
 from ..training.views import target

@@ -6,9 +6,10 @@
 __all__ = ['MODES', 'both', 'mic']
 
 # %% ../../nbs/methods/01_mic.ipynb #c502f9a0
-import torch
 from dataclasses import replace
-from ..core.types import Sample, collate, pick
+import torch
+from ..core.types import collate, Sample
+from ..core.utils import pick
 from ..training.losses import CE
 from ..training.trainer import Method, Pass
 from ..training.views import Masked, source, target

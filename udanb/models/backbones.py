@@ -7,20 +7,25 @@ __all__ = ['LITE_PACKAGE', 'BACKBONES', 'lite_names', 'load_strict', 'Weights', 
            'Backbone', 'backbone', 'layer_ids', 'lr_scales', 'describe']
 
 # %% ../../nbs/models/02_backbones.ipynb #08214558
-import importlib, os, re
+import importlib
+import os
+import re
 from pathlib import Path
 from typing import NamedTuple
-import numpy as np, timm, torch
+import numpy as np
+import timm
+import torch
 from huggingface_hub import hf_hub_download
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
+from segmentation_models_pytorch.encoders import mix_transformer as smp_mit
 from timm.layers import DropPath
 from timm.models import group_parameters
-from segmentation_models_pytorch.encoders import mix_transformer as smp_mit
-from ..core.types import MEAN, STD, pick, resolve
+from torch import nn, Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from ..core.state_dicts import diff_lines, key_diff, read_state
-from .timm_encoders import TIMM, TimmMaps, timm_state
+from ..core.types import MEAN, STD
+from ..core.utils import pick, resolve
+from .timm_encoders import TIMM, timm_state, TimmMaps
 
 # %% ../../nbs/models/02_backbones.ipynb #aeb34317
 class _Attention(smp_mit.Attention):

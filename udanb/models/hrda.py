@@ -6,14 +6,15 @@
 __all__ = ['random_boxes', 'cut', 'paste', 'detail_windows', 'HRDA', 'shrink', 'blend', 'OnDetail', 'OnContext']
 
 # %% ../../nbs/models/05_hrda.ipynb #26f848b5
-import torch
 from copy import copy
 from dataclasses import replace
-from torch import Tensor, nn
-from torch.nn import functional as F
+import torch
 from fastcore.basics import patch
-from ..core.types import Out, Sample
-from .heads import DAFormerHead, resize
+from torch import nn, Tensor
+from torch.nn import functional as F
+from ..core.types import Out
+from .heads import DAFormerHead
+from .layers import resize
 
 # %% ../../nbs/models/05_hrda.ipynb #10753810
 def random_boxes(

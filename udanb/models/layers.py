@@ -7,7 +7,7 @@ __all__ = ['ConvBN', 'SepConvBN', 'Embed', 'classifier', 'resize', 'dilated']
 
 # %% ../../nbs/models/00_layers.ipynb #592357c6
 import torch
-from torch import Tensor, nn
+from torch import nn, Tensor
 from torch.nn import functional as F
 
 # %% ../../nbs/models/00_layers.ipynb #ec87e554

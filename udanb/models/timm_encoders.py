@@ -6,13 +6,14 @@
 __all__ = ['TIMM', 'Pyramid', 'TimmSpec', 'TimmMaps', 'timm_state']
 
 # %% ../../nbs/models/01_timm_encoders.ipynb #15a93a50
-import re, sys
+import re
+import sys
 from dataclasses import dataclass, field
-import timm, torch
-from torch import Tensor, nn
+import timm
 from timm.layers import LayerNorm2d, resize_rel_pos_bias_table_simple
 from timm.models import beit as timm_beit
-from ..core.types import pick
+from torch import nn, Tensor
+from ..core.utils import pick
 
 # %% ../../nbs/models/01_timm_encoders.ipynb #2e85ed8c
 class Pyramid(nn.Module):

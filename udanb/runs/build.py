@@ -9,23 +9,29 @@ __all__ = ['folders', 'draw_demo', 'parts', 'box', 'stored', 'target_folders', '
 from functools import partial
 from accelerate import Accelerator
 from torch import nn
-from ..data.catalog import names_of
-from ..core.types import read_json, resolve, seed_all
-from ..data.datasets import SegFolder, SegSpec
-from ..demo.render import write_demo
-from ..inference.predict import evaluate
+from ..checkpoints.weights import load_into
 from ..core.labels import SYNTHIA13
-from ..data.loaders import SegConcat, eval_loader, pair_loader
-from ..data.inspection import cache_dir, cached
-from ..models.hrda import HRDA
+from ..core.utils import read_json, resolve, seed_all
+from ..data.augment import Strong
+from ..data.cache import cache_dir, cached
+from ..data.class_stats import class_stats
+from ..data.concat import SegConcat
+from ..data.datasets import SegFolder, SegSpec
+from ..data.loaders import eval_loader, pair_loader
+from ..data.pairs import names_of
+from ..data.pseudo_labels import labelled, pseudo_spec, read_stamp
+from ..data.samplers import RareClassSampler
+from ..data.transforms import EvalTfm, TrainTfm
+from ..demo.render import write_demo
 from ..inference.metrics import Confusion, iou_dict
-from ..inference.export_labels import labelled, pseudo_spec, read_stamp
-from .recipe import METHODS, ONE_DOMAIN, PLUS, Recipe, identity, pair_of
+from ..inference.predict import evaluate
+from ..models.hrda import HRDA
 from ..models.segmentor import param_groups, segmentor
-from ..data.class_stats import RareClassSampler, class_stats
-from ..training.trainer import Trainer, poly_warmup
-from ..data.transforms import EvalTfm, Strong, TrainTfm
-from ..checkpoints.weights import Snapshots, cyclic, load_into
+from .presets import METHODS, ONE_DOMAIN, PLUS
+from .recipe import identity, pair_of, Recipe
+from ..training.callbacks import Snapshots
+from ..training.schedules import cyclic, poly_warmup
+from ..training.trainer import Trainer
 
 # %% ../../nbs/runs/02_build.ipynb #e4d98573
 def folders(

@@ -10,8 +10,8 @@ from copy import deepcopy
 import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
-from ..core.types import IGNORE, Out, Sample
-from .losses import upsample
+from ..core.types import Out, Sample
+from ..core.utils import upsample
 
 # %% ../../nbs/training/02_teacher.ipynb #a24e4718
 def ema_alpha(
