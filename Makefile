@@ -33,7 +33,7 @@ test: venv ## run every page and run notebook (nbdev_test, smoke size), then pyt
 export: venv ## pages -> udanb/*.py, notebooks cleaned, README.md, list of public names
 	@nbdev_export && nbdev_clean && tools/quarto render nbs/index.ipynb -o README.md -t gfm && python tools/api.py
 
-check: venv ## generated files equal the pages, floors hold, pages keep their size
+check: venv ## generated files equal the pages; format, packages, page sizes, density, docstrings
 	@bash tools/check.sh
 
 docs: venv ## the site, in _docs/ (with Quarto if it is installed, else with tools/quarto)
@@ -45,8 +45,9 @@ lab: venv ## JupyterLab in this folder
 bench: venv ## run the scripts in bench/, each prints a table and stores it beside itself
 	@for f in bench/*.py; do [ -e "$$f" ] || { echo "no benchmarks yet"; break; }; echo "== $$f"; python $$f || exit 1; done
 
-lint: venv ## ruff over modules, tests, tools and pages
+lint: venv ## ruff over modules, tests, tools and pages, and what its formatter would change
 	@ruff check .
+	@ruff format --check --output-format concise .
 
 venv: .venv/.installed ## create .venv and install (again only when settings.ini, setup.py or constraints.txt change)
 

@@ -1,11 +1,16 @@
 #!/usr/bin/env bash
-# Are the generated files what the pages say, do the floors hold, is every page still a page? Changes nothing that is in order;
-# works in a dirty checkout too, where it says what the generators would change.
+# Are the generated files what the pages say, is everything formatted, do packages, pages, lines and docstrings keep
+# their rules? All checks run, the exit code says whether one failed. Changes nothing that is in order; works in a
+# dirty checkout too, where it says what the generators would change.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
+
 made=(udanb README.md nbs)
-state() { git diff -- "${made[@]}"; git ls-files -o --exclude-standard -- "${made[@]}" | sort | xargs -r -d '\n' sha1sum; }
+state() {
+    git diff -- "${made[@]}"
+    git ls-files -o --exclude-standard -- "${made[@]}" | sort | xargs -r -d '\n' sha1sum
+}
 before=$(mktemp) && after=$(mktemp) && trap 'rm -f "$before" "$after"' EXIT
 state >"$before"
 nbdev_export
@@ -13,9 +18,17 @@ nbdev_clean
 python tools/quarto render nbs/index.ipynb -o README.md -t gfm
 state >"$after"
 if ! diff "$before" "$after"; then
-    echo "Generated files were not what the pages say (above: what 'make export' changed). Edit pages, not modules; then commit the result." >&2
+    echo "Generated files were not what the pages say (above: what 'make export' changed)." \
+        "Edit pages, not modules; then commit the result." >&2
     exit 1
 fi
-ruff check --quiet .
-python tools/floors.py udanb nbs
-python tools/nblint.py nbs
+
+failed=0
+check() { "$@" || failed=1; }
+check ruff check --output-format concise .
+check ruff format --check --output-format concise .
+check python tools/packages.py udanb nbs
+check python tools/nblint.py nbs
+check python tools/density.py --brief
+check python tools/docstrings.py
+exit $failed

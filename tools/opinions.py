@@ -1,63 +1,100 @@
 #!/usr/bin/env python3
-"""Would DIDA's bank label the target better than the classifier? mIoU of both opinions of a finished run, on its target's val.
+"""Would DIDA's bank label the target better than the classifier? mIoU of both on the target's val, for a finished run.
 
-    python tools/opinions.py outputs/town-camvid-daformer-s0 --data-root ../shared/data           # every fourth image, the teacher's opinion
+    python tools/opinions.py outputs/town-camvid-daformer-s0 --data-root ../shared/data
     python tools/opinions.py RUN --data-root ../shared/data --every 1 --which student --tau .03
 
-The run need not know of a bank. One is filled here with the student's embeddings of source batches (training mode, as in training), the run's own
-crops and sampling; then the network is asked about whole images of val: its classifier, the bank's class masses, and the mean of both. Minutes on a CPU.
+The run need not know of a bank. One is filled here with the student's embeddings of source batches (training mode,
+as in training), the run's own crops and sampling; then the network predicts whole images of val: its classifier,
+the bank's class masses, and the mean of both. By default every fourth image and the teacher; minutes on a CPU.
 """
-import argparse, os
+
+import argparse
+import os
+
 os.environ |= dict(NO_ALBUMENTATIONS_UPDATE='1')
 from collections import defaultdict
 from itertools import islice
-import pandas as pd, torch
-from udanb.runs.build import batches, box, folders
-from udanb.core.utils import progress, read_json, resolve
+
+import pandas as pd
+import torch
+
+from udanb.core.utils import progress, read_json, resolve, upsample
 from udanb.data.loaders import eval_loader
-from udanb.core.utils import upsample
-from udanb.methods.instance_bank import InstanceBank, aggregate, candidates, check_bank, grid_labels
+from udanb.data.transforms import EvalTfm
 from udanb.inference.metrics import Confusion, iou_dict
+from udanb.methods.instance_bank import InstanceBank, aggregate, candidates, check_bank, grid_labels
+from udanb.runs.build import batches, box, folders
 from udanb.runs.recipe import from_json
 from udanb.runs.results import load_run
-from udanb.data.transforms import EvalTfm
+
 
 @torch.no_grad()
 def filled(net, loader, n, edge):
-    "A bank of what the network says about labelled batches"
-    bank,gen = None,torch.Generator().manual_seed(0)
-    for b in loader:
-        out = net.train()(b[0].img)
+    "A bank of the network's embeddings of labelled batches"
+    bank, gen = None, torch.Generator().manual_seed(0)
+    for source, *_ in loader:
+        out = net.train()(source.img)
         bank = bank or InstanceBank(n, out.fused.shape[1])
-        lbl = grid_labels(b[0].lbl, out.fused.shape[-2:])
-        for c,here in zip(*candidates(out.fused, lbl, n, edge, gen)): bank.put(c, here)
+        lbl = grid_labels(source.lbl, out.fused.shape[-2:])
+        for found, here in zip(*candidates(out.fused, lbl, n, edge, gen)):
+            bank.put(found, here)
     return bank
+
 
 @torch.no_grad()
 def opinions(net, bank, img, tau):
     "Probabilities (1,C,H,W) of the classifier, of the bank, and their mean"
-    out,size = net(img),img.shape[-2:]
-    p = upsample(out.logits, size).softmax(1)
-    a = upsample(aggregate(bank.sims(out.fused, tau).softmax(1), bank.label, bank.n), size)
-    return dict(classifier=p, bank=a, mean=(p+a)/2)
+    out, size = net(img), img.shape[-2:]
+    classifier = upsample(out.logits, size).softmax(1)
+    profiles = bank.sims(out.fused, tau).softmax(1)
+    masses = upsample(aggregate(profiles, bank.label, bank.n), size)
+    return dict(classifier=classifier, bank=masses, mean=(classifier + masses) / 2)
+
+
+def confusions(net, bank, recipe, vals, space, args):
+    "`{whose prediction: Confusion}` over every n-th image of the val splits"
+    found = defaultdict(lambda: Confusion(len(space)))
+    for val in vals.values():
+        loader = eval_loader(val, EvalTfm(box(recipe, val.spec)))
+        for i, (sample, lbl) in enumerate(progress(loader, 'val')):
+            if i % args.every:
+                continue
+            for name, probs in opinions(net, bank, sample.img, args.tau).items():
+                predicted = upsample(probs, lbl.shape[-2:]).argmax(1)
+                found[name].update(predicted, lbl[None])
+    return found
+
+
+def parse(args):
+    "The command line"
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    add = parser.add_argument
+    add('run', help='folder of a finished run')
+    add('--data-root', default='data')
+    add('--which', default='teacher', choices=['teacher', 'student'])
+    add('--tau', type=float, default=0.1)
+    add('--batches', type=int, default=41, help='source batches that fill the bank')
+    add('--every', type=int, default=4)
+    add('--means', action='store_true', help='plain class means, without a boundary pixel')
+    return parser.parse_args(args)
+
 
 def main(args=None):
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('run', help='folder of a finished run'); ap.add_argument('--data-root', default='data')
-    ap.add_argument('--which', default='teacher', choices=['teacher','student']); ap.add_argument('--tau', type=float, default=.1)
-    ap.add_argument('--batches', type=int, default=41, help='source batches that fill the bank'); ap.add_argument('--every', type=int, default=4)
-    ap.add_argument('--means', action='store_true', help='plain class means, without a boundary pixel')
-    a = ap.parse_args(args)
-    r = from_json(read_json(resolve(a.run)/'recipe.json'))
-    src,tgt,vals = folders(r, a.data_root)
-    bank = filled(load_run(resolve(a.run)), islice(batches(r, src, tgt)(0), a.batches), len(src.space), not a.means)
-    net,conf = load_run(resolve(a.run), a.which),defaultdict(lambda: Confusion(len(src.space)))
-    for v in vals.values():
-        for i,(x,lbl) in enumerate(progress(eval_loader(v, EvalTfm(box(r, v.spec))), 'val')):
-            if i%a.every: continue
-            for name,p in opinions(net, bank, x.img, a.tau).items(): conf[name].update(upsample(p, lbl.shape[-2:]).argmax(1), lbl[None])
-    table = pd.DataFrame({k: dict(miou=100*c.miou()) | iou_dict(c, src.space) for k,c in conf.items()}).T.round(1)
-    print('bank:', {k: round(v, 2) for k,v in check_bank(bank, a.tau).items()}); print(table.to_string())
+    a = parse(args)
+    recipe = from_json(read_json(resolve(a.run) / 'recipe.json'))
+    src, tgt, vals = folders(recipe, a.data_root)
+    loader = islice(batches(recipe, src, tgt)(0), a.batches)
+    bank = filled(load_run(resolve(a.run)), loader, len(src.space), not a.means)
+    net = load_run(resolve(a.run), a.which)
+    found = confusions(net, bank, recipe, vals, src.space, a)
+    scores = {k: dict(miou=100 * c.miou()) | iou_dict(c, src.space) for k, c in found.items()}
+    table = pd.DataFrame(scores).T.round(1)
+    print('bank:', {k: round(v, 2) for k, v in check_bank(bank, a.tau).items()})
+    print(table.to_string())
     return table
 
-if __name__=='__main__': main()
+
+if __name__ == '__main__':
+    main()

@@ -3,16 +3,24 @@
 
     python tools/run.py nbs/train_uda.ipynb outputs/demo.ipynb -p source demo
 
-papermill alone shows one bar that counts cells, so an hour of training is one motionless line. Here the kernel's stdout and
-stderr are passed on as they come, and the executed notebook keeps the last state of each bar instead of every redraw.
+papermill alone shows one bar that counts cells, so an hour of training is one motionless line. Here the kernel's
+stdout and stderr are passed on as they come, and the executed notebook keeps the last state of each bar instead of
+every redraw.
 """
-import os, shutil, sys
+
+import os
+import shutil
+import sys
+
+OPTIONS = '--no-progress-bar --stdout-file - --stderr-file - --log-level WARNING'.split()
+
 
 def main(args):
     os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')
     os.environ.setdefault('PYDEVD_DISABLE_FILE_VALIDATION', '1')
-    cols,rows = shutil.get_terminal_size((120,40))
-    os.environ |= dict(COLUMNS=str(cols), LINES=str(rows))               # the kernel has no terminal of its own: its bars fit ours
+    # the kernel has no terminal of its own: its bars fit ours
+    columns, rows = shutil.get_terminal_size((120, 40))
+    os.environ |= dict(COLUMNS=str(columns), LINES=str(rows))
     from jupyter_client.manager import KernelManager
     from papermill.cli import papermill
     from papermill.engines import NBClientEngine, papermill_engines
@@ -20,12 +28,19 @@ def main(args):
 
     class Merged(NBClientEngine):
         "The usual engine; redraws of a bar are merged when their cell ends"
+
         @classmethod
-        def execute_managed_notebook(cls, *args, **kw): return super().execute_managed_notebook(*args, coalesce_streams=True, **kw)
+        def execute_managed_notebook(cls, *args, **kw):
+            return super().execute_managed_notebook(*args, coalesce_streams=True, **kw)
 
     papermill_engines.register(None, Merged)
-    if os.name=='posix': KernelManager.transport.default_value = 'ipc'   # sockets that only this user can open, no TCP port
-    try: papermill([*args, '--no-progress-bar', '--stdout-file', '-', '--stderr-file', '-', '--log-level', 'WARNING'])
-    except PapermillExecutionError as e: sys.exit(str(e))                # the cell's traceback is enough, ours says nothing
+    if os.name == 'posix':  # sockets that only this user can open, no TCP port
+        KernelManager.transport.default_value = 'ipc'
+    try:
+        papermill([*args, *OPTIONS])
+    except PapermillExecutionError as error:  # the cell's traceback is enough, ours says nothing
+        sys.exit(str(error))
 
-if __name__=='__main__': main(sys.argv[1:])
+
+if __name__ == '__main__':
+    main(sys.argv[1:])
