@@ -1,7 +1,7 @@
 "bench/methods.py: its instruments against known amounts, and its tables in quick mode; tools/opinions.py"
 import importlib.util, re, subprocess, sys, time
 import pytest, torch
-from udanb.core.utils import read_json
+from udanb.core.storage import read_json
 from udanb.demo.render import write_demo
 from udanb.runs.presets import make_recipe
 from udanb.runs.run import run

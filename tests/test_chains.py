@@ -13,7 +13,8 @@ from udanb.runs.build import build, folders, target_folders
 from udanb.data.catalog import CAMVID, TOWN
 from udanb.runs.stages import gather, label_target, labels_in, recipe_of, weights_of
 from udanb.core.types import IGNORE
-from udanb.core.utils import read_json, seed_all
+from udanb.core.storage import read_json
+from udanb.core.utils import seed_all
 from udanb.demo.render import write_demo
 from udanb.core.image_io import read_ids
 from udanb.data.concat import SegConcat

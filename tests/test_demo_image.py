@@ -4,7 +4,8 @@ import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from conftest import ROOT
 from udanb.core.types import normalize
-from udanb.core.utils import seed_all, write_json
+from udanb.core.utils import seed_all
+from udanb.core.storage import write_json
 from udanb.demo.render import scene, write_demo
 from udanb.models.hrda import HRDA
 from udanb.inference.predict import predict, slide

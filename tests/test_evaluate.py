@@ -7,7 +7,8 @@ from conftest import ROOT
 from udanb.runs.build import evaluator
 from udanb.data.catalog import ACDC, DATASETS, ZEROWASTE_V2
 from udanb.core.types import normalize
-from udanb.core.utils import read_json, seed_all, write_json
+from udanb.core.storage import read_json, write_json
+from udanb.core.utils import seed_all
 from udanb.data.datasets import SegFolder
 from udanb.demo.render import write_demo
 from udanb.core.image_io import read_ids

@@ -2,7 +2,7 @@
 import ast, json, os, signal, subprocess, sys, threading, time
 import pandas as pd, pytest, yaml
 from conftest import ROOT
-from udanb.core.utils import read_json, write_json
+from udanb.core.storage import read_json, write_json
 from udanb.demo.render import write_demo
 from udanb.runs.grid import RUN, grid, last_error, results, run_grid, show_grid, start, summary
 from udanb.runs.recipe import identity

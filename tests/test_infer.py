@@ -5,7 +5,8 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from torch import nn
 from udanb.core.types import IGNORE, Out, Sample, normalize
-from udanb.core.utils import read_json, seed_all
+from udanb.core.storage import read_json
+from udanb.core.utils import seed_all
 from udanb.inference.predict import evaluate, predict, slide, whole, windows
 from udanb.inference.folder import find_images, predict_folder
 from udanb.core.utils import inferring, plain_repr

@@ -6,7 +6,8 @@ from torch import nn
 from udanb.models.backbones import backbone
 from udanb.data.catalog import DATASETS
 from udanb.core.types import Out
-from udanb.core.utils import atomic_write, read_json, seed_all
+from udanb.core.storage import atomic_write, read_json
+from udanb.core.utils import seed_all
 from udanb.data.datasets import SegFolder
 from udanb.demo.render import write_demo
 from udanb.inference.folder import predict_folder

@@ -289,7 +289,7 @@ def test_full_disk_stops_and_goes_on(tmp_path, monkeypatch):
         if left[0]<0: raise OSError(errno.ENOSPC, 'No space left on device', str(b))
         return real(a, b)
     with monkeypatch.context() as m:
-        m.setattr('udanb.core.utils.os.replace', full)
+        m.setattr('udanb.core.storage.os.replace', full)
         with pytest.raises(OSError, match='No space left.*lost nothing.*run the same command again') as e: survey(train(GTA, tmp_path), convert=True, **KW)
     assert e.value.errno==errno.ENOSPC and lines(d)==3 and not list(d.rglob('*.part*'))
     s = survey(train(GTA, tmp_path), convert=True, **KW)

@@ -10,7 +10,8 @@ from conftest import ROOT
 from udanb.runs.build import stored
 from udanb.data.catalog import CAMVID, CITYSCAPES, DATASETS, MAPILLARY, ZEROWASTE_V2
 from udanb.core.types import IGNORE, Out, normalize
-from udanb.core.utils import seed_all, write_json
+from udanb.core.utils import seed_all
+from udanb.core.storage import write_json
 from udanb.data.datasets import LabelFiles, SegFolder, SegSpec
 from udanb.demo.render import write_demo
 from udanb.core.image_io import read_ids

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np, pytest, torch, yaml
 from PIL import Image
 from udanb.data.catalog import CAMVID, TOWN
-from udanb.core.utils import read_json
+from udanb.core.storage import read_json
 from udanb.demo.render import write_demo
 from udanb.models.heads import HEADS
 from udanb.data.custom import fake_tree

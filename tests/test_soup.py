@@ -4,7 +4,8 @@ from functools import partial
 import pandas as pd, pytest, torch
 from conftest import ROOT
 from udanb.runs.build import evaluator, target_folders
-from udanb.core.utils import read_json, seed_all, write_json
+from udanb.core.storage import read_json, write_json
+from udanb.core.utils import seed_all
 from udanb.demo.render import write_demo
 from udanb.core.labels import CITYSCAPES19
 from udanb.runs.recipe import identity

@@ -19,7 +19,8 @@ from itertools import islice
 import pandas as pd
 import torch
 
-from udanb.core.utils import progress, read_json, resolve, upsample
+from udanb.core.utils import progress, resolve, upsample
+from udanb.core.storage import read_json
 from udanb.data.loaders import eval_loader
 from udanb.data.transforms import EvalTfm
 from udanb.inference.metrics import Confusion, iou_dict

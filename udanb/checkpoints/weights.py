@@ -21,7 +21,8 @@ from udanb.core.state_dicts import (
     unwrap,
     weights_hash,
 )
-from ..core.utils import atomic_write, pick
+from ..core.storage import atomic_write
+from ..core.utils import pick
 
 # %% ../../nbs/checkpoints/00_weights.ipynb #45dd012c
 def strip(

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from ..core.image_io import find_files, image_size, read_image, read_last
 from ..core.labels import remap
-from ..core.utils import atomic_write
+from ..core.storage import atomic_write
 from .class_stats import stats_files
 from .datasets import SegFolder
 from .inspection import _mark, _rel, _sig, convert_label, look

@@ -23,8 +23,9 @@ import cv2
 import numpy as np
 from ..core.image_io import BROKEN
 from ..core.labels import count_ids, into
+from ..core.storage import atomic_write, read_json
 from ..core.types import IGNORE
-from ..core.utils import atomic_write, progress, read_json, resolve
+from ..core.utils import progress, resolve
 
 # %% ../../nbs/data/05_class_stats.ipynb #4a32b7a9
 def native_ids(folder):

@@ -16,8 +16,9 @@ import numpy as np
 from PIL import Image
 from ..core.image_io import read_colors, read_ids, read_last, read_polygons
 from ..core.labels import CITYSCAPES19, LabelSpace, SPACES
+from ..core.storage import atomic_write
 from ..core.types import IGNORE
-from ..core.utils import atomic_write, pick
+from ..core.utils import pick
 from .datasets import LabelFiles, SegSpec
 
 # %% ../../nbs/data/02_custom.ipynb #8ec71b3a

@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 from ..core.image_io import image_size, read_ids, read_image
 from ..core.labels import count_ids, UNKNOWN
+from ..core.storage import atomic_write
 from ..core.types import IGNORE
-from ..core.utils import atomic_write
 
 # %% ../../nbs/data/10_inspection.ipynb #f43d8482
 def ends(

@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 from ..core.image_io import read_ids
 from ..core.labels import remap
+from ..core.storage import read_json
 from ..core.types import normalize, Sample
-from ..core.utils import read_json, resolve
+from ..core.utils import resolve
 from .datasets import LabelFiles
 
 # %% ../../nbs/data/13_pseudo_labels.ipynb #95c48ac8

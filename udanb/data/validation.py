@@ -20,8 +20,9 @@ import pandas as pd
 from torch.utils.data import DataLoader
 from ..core.image_io import find_files
 from ..core.labels import into, LabelSpace
+from ..core.storage import atomic_write, read_json
 from ..core.types import IGNORE
-from ..core.utils import atomic_write, progress, read_json
+from ..core.utils import progress
 from .cache import open_journal, read_journal, stands, treat, unfinished
 from .class_stats import keep_stats, label_keys, read_stats, stats_files
 from .datasets import SegFolder, SegSpec

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from PIL import Image
 from ..core.labels import CITYSCAPES19, CITYSCAPES_IDS
+from ..core.storage import atomic_write, read_json, write_json
 from ..core.types import normalize, Sample
-from ..core.utils import atomic_write, pick, progress, read_json, resolve, write_json
+from ..core.utils import pick, progress, resolve
 from .geometry import EYE, FOCAL, rasterize
 from .street import street
 

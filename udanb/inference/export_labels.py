@@ -14,18 +14,9 @@ from PIL import Image
 from torch import nn, Tensor
 from ..core.image_io import BROKEN, image_size
 from ..core.state_dicts import weights_hash
+from ..core.storage import atomic_write, write_json
 from ..core.types import IGNORE, normalize
-from udanb.core.utils import (
-    atomic_write,
-    inferring,
-    left_out,
-    pick,
-    plain_repr,
-    progress,
-    reason,
-    resolve,
-    write_json,
-)
+from ..core.utils import inferring, left_out, pick, plain_repr, progress, reason, resolve
 from ..data.pseudo_labels import _files, numbers, place, read_rows, read_stamp, stands
 from .tta import probabilities
 

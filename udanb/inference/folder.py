@@ -16,19 +16,10 @@ from torch import nn
 from ..core.image_io import BROKEN, read_image
 from ..core.labels import colorize
 from ..core.state_dicts import weights_hash
+from ..core.storage import atomic_write, read_json, write_json
 from ..core.types import normalize
-from udanb.core.utils import (
-    atomic_write,
-    inferring,
-    left_out,
-    plain_repr,
-    progress,
-    read_json,
-    reason,
-    write_json,
-)
-from .predict import _classes
-from .predict import _device, _forward
+from ..core.utils import inferring, left_out, plain_repr, progress, reason
+from .predict import _classes, _device, _forward
 
 # %% ../../nbs/inference/03_folder.ipynb #995a8f27
 IMAGES = ('.png','.jpg','.jpeg','.webp','.bmp','.tif','.tiff')

@@ -12,8 +12,9 @@ import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.nn import functional as F
+from ..core.storage import atomic_write
 from ..core.types import IGNORE
-from ..core.utils import atomic_write, resolve
+from ..core.utils import resolve
 
 # %% ../../nbs/methods/05_instance_bank.ipynb #ae520902
 class InstanceBank(nn.Module):

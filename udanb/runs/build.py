@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from torch import nn
 from ..checkpoints.weights import load_into
 from ..core.labels import SYNTHIA13
-from ..core.utils import read_json, resolve, seed_all
+from ..core.storage import read_json
+from ..core.utils import resolve, seed_all
 from ..data.augment import Strong
 from ..data.cache import cache_dir, cached
 from ..data.class_stats import class_stats

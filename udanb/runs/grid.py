@@ -18,7 +18,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import yaml
-from ..core.utils import atomic_write, pick, progress, project_root, read_json, resolve
+from ..core.storage import atomic_write, read_json
+from ..core.utils import pick, progress, project_root, resolve
 from ..data.pairs import names_of
 from ..inference.label_free import BETTER, rank_correlation
 from .presets import make_recipe

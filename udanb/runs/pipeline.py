@@ -14,11 +14,22 @@ import torch
 from fastcore.basics import patch
 from ..checkpoints.weights import load_weights
 from ..core.state_dicts import read_torch
-from ..core.utils import atomic_write, read_json, resolve, write_json
+from ..core.storage import atomic_write, read_json, write_json
+from ..core.utils import resolve
 from .provenance import taken
 from .recipe import identity, Recipe
 from .run import run
-from .stamps import alone, clean, LOST, lost, outputs, read_stamp, task, whole, write_stamp
+from udanb.runs.stamps import (
+    alone,
+    clean,
+    LOST,
+    lost,
+    outputs,
+    read_stamp,
+    task,
+    whole,
+    write_stamp,
+)
 from ..training.callbacks import read_log
 from ..training.schedules import cycle_ends
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import cv2
 import torch
 from ..checkpoints.weights import load_into, load_weights, RUN_FILES
+from ..core.storage import read_json
 from ..core.types import collate
-from ..core.utils import pick, read_json, resolve
+from ..core.utils import pick, resolve
 from ..data.pairs import names_of
 from ..data.transforms import fit, to_sample
 from .build import box, network, parts

@@ -19,7 +19,8 @@ import torch
 from ..checkpoints.averaging import swa, update_bn
 from ..checkpoints.weights import save_weights
 from ..core.image_io import BROKEN
-from ..core.utils import read_json, resolve, write_json
+from ..core.storage import read_json, write_json
+from ..core.utils import resolve
 from ..data.transforms import fit
 from ..inference.label_free import label_free
 from .build import box, build

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from ..checkpoints.averaging import soup
 from ..core.image_io import BROKEN
+from ..core.storage import read_json, write_json
 from ..core.types import Out
-from ..core.utils import read_json, write_json
 from ..data.pseudo_labels import pseudo_stats
 from ..data.transforms import EvalTfm, fit, to_sample
 from ..inference.export_labels import export_pseudo

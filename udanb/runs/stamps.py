@@ -15,7 +15,8 @@ import re
 import time
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from ..core.utils import read_json, resolve, write_json
+from ..core.storage import read_json, write_json
+from ..core.utils import resolve
 from .provenance import git_commit
 
 # %% ../../nbs/runs/07_stamps.ipynb #b54c2ba2

@@ -17,8 +17,9 @@ from accelerate import Accelerator
 from fastcore.basics import patch, store_attr
 from torch import nn
 from ..core.state_dicts import diff_lines, key_diff
+from ..core.storage import atomic_write
 from ..core.types import Sample
-from ..core.utils import atomic_write, progress, seed_all
+from ..core.utils import progress, seed_all
 from .callbacks import brief, read_log
 from .schedules import poly_warmup
 
