@@ -14,17 +14,17 @@ import cv2, numpy as np, torch
 from PIL import Image
 cv2.setNumThreads(0); torch.set_num_threads(1)
 from udanb.data.catalog import CITYSCAPES, GTA
-from udanb.data.datasets import SegFolder
-from udanb.demo.render import scene
-from udanb.core.image_io import read_ids, read_image
-from udanb.core.labels import CITYSCAPES19, CITYSCAPES_IDS, CITYSCAPES_VOID, id_table, remap
-from udanb.data.loaders import pair_loader
-from udanb.data.cache import cached
-from udanb.inference.metrics import Confusion
-from udanb.data.validation import survey
+from udanb.data.datasets import SegDataset
+from udanb.demo.render import render_scene
+from udanb.core.image_io import read_image, read_label
+from udanb.core.labels import CITYSCAPES19, CITYSCAPES_IDS, CITYSCAPES_VOID, make_lookup_table, remap
+from udanb.data.loaders import train_loader
+from udanb.data.cache import use_cache
+from udanb.inference.metrics import ConfusionMatrix
+from udanb.data.validation import validate_split
 from udanb.data.samplers import RareClassSampler
 from udanb.data.class_stats import class_stats
-from udanb.data.transforms import TrainTfm
+from udanb.data.transforms import TrainTransform
 
 TO_ID = np.full(256, 0, np.uint8)          # train id -> Cityscapes id
 for _i,_t in CITYSCAPES_IDS.items(): TO_ID[_t] = _i
@@ -34,11 +34,11 @@ MEAN,STD = np.array([123.675,116.28,103.53]),np.array([58.395,57.12,57.375])
 
 def photo(seed, domain, hw, noise):
     "A scene drawn at half size, enlarged, with the noise of a camera"
-    img,_ = scene(seed, domain, (hw[0]//2,hw[1]//2))
+    img,_ = render_scene(seed, domain, (hw[0]//2,hw[1]//2))
     img = cv2.resize(img, hw[::-1], interpolation=cv2.INTER_CUBIC)
     if domain=='target': img = cv2.GaussianBlur(img, (0,0), .8)   # the misty world's camera is noisy already
     img = np.clip(img+noise*np.random.default_rng(seed).standard_normal(img.shape, np.float32)+.5, 0, 255).astype(np.uint8)
-    return img,scene(seed, domain, hw)[1]  # the label with edges of full sharpness
+    return img,render_scene(seed, domain, hw)[1]  # the label with edges of full sharpness
 
 def put(path, arr, palette=False):
     "PNG as libpng writes photographs (all filters), or a label as an 8-bit palette PNG"
@@ -130,13 +130,13 @@ class Bench:
         self.src_box,self.tgt_box = (720//shrink,1280//shrink),(512//shrink,1024//shrink)
         self.crop,self.px = 512//shrink,3000//shrink**2
         write_files(root/'native', n, n, shrink)
-        self.src,self.tgt = (SegFolder(s, root=root/'native', labels=s is GTA) for s in (GTA,CITYSCAPES))
+        self.src,self.tgt = (SegDataset(s, root=root/'native', labels=s is GTA) for s in (GTA,CITYSCAPES))
         self.boxes = self.src_box,self.tgt_box
-        for f,size in zip((self.src,self.tgt), self.boxes): survey(f, size=size, workers=0, quiet=True)      # what prepare_data does
-        self.lbls = [read_ids(self.src.label_path(i)) for i in range(len(self.src))]
+        for f,size in zip((self.src,self.tgt), self.boxes): validate_split(f, size=size, workers=0, quiet=True)      # what prepare_data does
+        self.lbls = [read_label(self.src.label_path(i)) for i in range(len(self.src))]
         self.stats = class_stats(self.src, cache=False, workers=0, quiet=True)
 
-    def folders(self, copy): return [cached(f, size) if copy else f for f,size in zip((self.src,self.tgt), self.boxes)]
+    def folders(self, copy): return [use_cache(f, size) if copy else f for f,size in zip((self.src,self.tgt), self.boxes)]
     def converted(self, i): return self.root/'native'/'converted'/self.src.path(i).name
 
     def row(self, what, ask, old, new, work, why):
@@ -154,12 +154,12 @@ class Bench:
         why = 'kornia-rs (Rust `png`) instead of OpenCV (libpng, zlib); OpenCV before the turn from BGR to RGB'
         for what,ps in (('read a GTA image',imgs),('read a Cityscapes image',tgts)):
             self.row(what, None, lambda: [bgr(p) for p in ps], lambda: [read_image(p) for p in ps], len(ps), why)
-        self.row('read a GTA label (palette PNG)', None, lambda: [np.asarray(Image.open(p)) for p in lbls], lambda: [read_ids(p) for p in lbls],
+        self.row('read a GTA label (palette PNG)', None, lambda: [np.asarray(Image.open(p)) for p in lbls], lambda: [read_label(p) for p in lbls],
                  len(lbls), 'kornia-rs instead of Pillow (zlib-ng)')
 
     def labels(self):
         "Conversion and statistics"
-        table = id_table(CITYSCAPES_IDS, CITYSCAPES_VOID)
+        table = make_lookup_table(CITYSCAPES_IDS, CITYSCAPES_VOID)
         for l in self.lbls: np.testing.assert_array_equal(masks(l), remap(l, table))
         self.row('convert a label (in memory)', 5, lambda: [masks(l) for l in self.lbls], lambda: [remap(l, table) for l in self.lbls], len(self.lbls),
                  'one table lookup (`cv2.LUT`) instead of a comparison and a masked write per class')
@@ -171,7 +171,7 @@ class Bench:
 
     def iou(self):
         "One native map, as a network gives it: int64"
-        lbl = torch.from_numpy(remap(self.lbls[0], id_table(CITYSCAPES_IDS, CITYSCAPES_VOID)))
+        lbl = torch.from_numpy(remap(self.lbls[0], make_lookup_table(CITYSCAPES_IDS, CITYSCAPES_VOID)))
         lbl = torch.nn.functional.interpolate(lbl[None,None], (256,512) if self.quick else (1024,2048))[0,0].contiguous()
         rng = np.random.default_rng(0)
         wh = lbl.shape[::-1]                                                     # a prediction: shifted, and wrong in blobs
@@ -179,9 +179,9 @@ class Bench:
         other = cv2.resize(rng.integers(0, 19, (16,32), np.uint8), wh, interpolation=cv2.INTER_NEAREST)
         pred = torch.from_numpy(np.where(wrong, other, lbl.roll((3,5),(0,1)).clamp(max=18)))
         keep,want = lbl!=255,three_hists(pred.long(), lbl.long())
-        mat = Confusion(19).update(pred, lbl).mat
+        mat = ConfusionMatrix(19).update(pred, lbl).mat
         assert want[0].equal(mat.diagonal()) and want[1].equal(mat.sum(0)) and want[2].equal(mat.sum(1)) and keep.sum()==mat.sum()
-        conf,k = Confusion(19),4
+        conf,k = ConfusionMatrix(19),4
         whys = ('one two-dimensional histogram of bytes (`cv2.calcHist`) instead of masking and three float histograms',
                 'the same; 8-byte pixels need not be checked and narrowed first')
         for what,dt,why in zip(('int64','uint8'), (torch.int64,torch.uint8), whys):
@@ -204,10 +204,10 @@ class Bench:
                 pipeline(self.tgt.path(int(rng.integers(len(self.tgt)))), None, self.tgt_box, self.crop, rng)
         def new(copy, rare=True):
             src,tgt = self.folders(copy)
-            tfms = TrainTfm(self.src_box, (self.crop,)*2, cat_max=.75),TrainTfm(self.tgt_box, (self.crop,)*2, margins=tgt.margins)
+            tfms = TrainTransform(self.src_box, (self.crop,)*2, cat_max=.75),TrainTransform(self.tgt_box, (self.crop,)*2, margins=tgt.margins)
             def go():
                 n = 0      # batches
-                for b in pair_loader(src, tgt, *tfms, batch=1, seed=1, steps=len(todo), rcs=Draws(rcs, todo), min_crop_px=self.px//2 if rare else 0): n += 1
+                for b in train_loader(src, tgt, *tfms, batch=1, seed=1, steps=len(todo), rcs=Draws(rcs, todo), min_crop_px=self.px//2 if rare else 0): n += 1
                 assert n==len(todo) and b.src.img.shape==b.tgt.img.shape==(1,3,self.crop,self.crop)
                 return b
             return go

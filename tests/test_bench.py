@@ -4,7 +4,7 @@ import pytest, torch
 from udanb.core.storage import read_json
 from udanb.demo.render import write_demo
 from udanb.runs.presets import make_recipe
-from udanb.runs.run import run
+from udanb.runs.run import train_run
 
 @pytest.fixture(scope='module')
 def bench(root):
@@ -90,7 +90,7 @@ def test_opinions_of_a_run(root, tmp_path):
     m = importlib.util.module_from_spec(spec); spec.loader.exec_module(m)
     write_demo(tmp_path/'demo', n_source=4, n_target=4, n_val=2, size=(64,128), quiet=True)
     tiny = dict(backbone='mit_b0', weights=None, dim=16, batch=2, crop=(64,64), rcs_px=8, before=False)
-    out = run(make_recipe('daformer', 'demo', steps=2, over=tiny), tmp_path, tmp_path/'run', quiet=True)
+    out = train_run(make_recipe('daformer', 'demo', steps=2, over=tiny), tmp_path, tmp_path/'run', quiet=True)
     for which in ('student','teacher'):
         t = m.main([str(out), '--data-root', str(tmp_path), '--every', '1', '--batches', '2', '--which', which])
         assert t.loc['classifier','miou']==pytest.approx(read_json(out/'metrics.json')['miou'][which], abs=.06)

@@ -4,9 +4,9 @@ import numpy as np, pytest
 from PIL import Image
 from udanb.data.catalog import *
 from udanb.core.types import IGNORE
-from udanb.data.datasets import SegFolder
+from udanb.data.datasets import SegDataset
 from udanb.core.labels import *
-from udanb.data.custom import _partner, fake_tree, own_dataset, own_space, stripes
+from udanb.data.custom import _partner, parse_dataset_spec, parse_label_space, striped_label, write_dummy_dataset
 
 PAPER = (7,8,11,12,13,17,19,20,21,22,23,24,25,26,27,28,31,32,33)   # train ids 0…18 in Cityscapes' label ids, as in the paper's table
 SYNTHIA_TABLE = dict(road=3, sidewalk=4, building=2, wall=21, fence=5, pole=7, vegetation=6, sky=1, person=10, rider=17, car=8, bus=19,
@@ -56,24 +56,24 @@ CASES = [(n,k) for n,s in DATASETS.items() for k in range(len(s.labels))]
 def test_dataset_end_to_end(tmp_path, name, kind):
     "A tree in the published layout, each kind of label file, every number that may occur, every split"
     spec = DATASETS[name]
-    made = fake_tree(spec, tmp_path, kind=kind, size=(48,132))
+    made = write_dummy_dataset(spec, tmp_path, kind=kind, size=(48,132))
     assert set(made)==set(spec.example)
     for split,names in made.items():
         labelled = all(l for _,l in spec.example[split])
-        f = SegFolder(spec, tmp_path, split, labels=labelled)
+        f = SegDataset(spec, tmp_path, split, labels=labelled)
         assert set(names)<=set(f.names) and len(set(f.names))==len(f.names)
         if split in ('val','test') and name not in ('zerowaste_v1','zerowaste_v2'): assert set(names)==set(f.names)
         for i in range(len(f)):
             img = f.image(i)
-            assert img.shape==(24 if spec.shrink.get(split) else 48, 66 if spec.shrink.get(split) else 132, 3)
+            assert img.shape==(24 if spec.split_scale.get(split) else 48, 66 if spec.split_scale.get(split) else 132, 3)
             if not labelled: continue
             assert f.labels[i][1]==kind or spec.labels[kind].suffix==spec.labels[f.labels[i][1]].suffix
             raw = np.asarray(spec.labels[kind].read(f.label_path(i))).astype(int)
             want = expected(spec, kind, raw)
-            if spec.shrink.get(split): want = np.asarray(Image.fromarray(want.astype(np.uint8)).resize((66,24), Image.NEAREST))
+            if spec.split_scale.get(split): want = np.asarray(Image.fromarray(want.astype(np.uint8)).resize((66,24), Image.NEAREST))
             assert np.array_equal(f.label(i), want)
     if spec.labels and any(l for ps in spec.example.values() for _,l in ps):
-        assert set(np.unique(stripes(spec, (4,132), 0, kind)))==set(spec.labels[kind].ids)|set(spec.labels[kind].void)
+        assert set(np.unique(striped_label(spec, (4,132), 0, kind)))==set(spec.labels[kind].ids)|set(spec.labels[kind].void)
 
 def test_tables_equal_cityscapesscripts():
     labels = pytest.importorskip('cityscapesscripts.helpers.labels').labels
@@ -88,24 +88,24 @@ def test_acdc_flattened_for_upstreams_code(tmp_path):
     for p in ('rgb_anon/train/a_rgb_anon.png','rgb_anon/val/b_rgb_anon.png','rgb_anon/fog/train_ref/c_rgb_anon.png'):
         (tmp_path/'acdc'/p).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.zeros((8,8,3), np.uint8)).save(tmp_path/'acdc'/p)
-    assert SegFolder(ACDC, tmp_path, labels=False).names==['rgb_anon/train/a_rgb_anon.png']
-    assert SegFolder(ACDC, tmp_path, 'val', labels=False).names==['rgb_anon/val/b_rgb_anon.png']
+    assert SegDataset(ACDC, tmp_path, labels=False).names==['rgb_anon/train/a_rgb_anon.png']
+    assert SegDataset(ACDC, tmp_path, 'val', labels=False).names==['rgb_anon/val/b_rgb_anon.png']
 
 def test_cityscapes_kinds_agree(tmp_path):
     "Polygons, label ids and train ids of one scene are one label; ids come first"
-    fake_tree(CITYSCAPES, tmp_path, kind=2, size=(16,70))
-    f = SegFolder(CITYSCAPES, tmp_path, 'val')
+    write_dummy_dataset(CITYSCAPES, tmp_path, kind=2, size=(16,70))
+    f = SegDataset(CITYSCAPES, tmp_path, 'val')
     p,drawn = f.label_path(0),f.label(0)
     for kind,raw in ((1,drawn), (0,CITYSCAPES.labels[2].read(p))):
         Image.fromarray(raw).save(p.with_name(p.name.replace('_gtFine_polygons.json', CITYSCAPES.labels[kind].suffix)))
-        now = SegFolder(CITYSCAPES, tmp_path, 'val')
+        now = SegDataset(CITYSCAPES, tmp_path, 'val')
         assert now.labels[0][1]==kind and f.labels[0][1]==2 and np.array_equal(now.label(0), drawn)
 
 # ---------------------------------------------------------------- pairs
 
 def test_pairs():
     g = find_pair('gta')
-    assert (g.name,g.space,g.merge)==('gta-cityscapes',CITYSCAPES19,{}) and (g.sources[0].fit,g.targets[0].fit)==((720,1280),(512,1024))
+    assert (g.name,g.space,g.merge)==('gta-cityscapes',CITYSCAPES19,{}) and (g.sources[0].image_size,g.targets[0].image_size)==((720,1280),(512,1024))
     t = find_pair('town')
     assert (t.targets[0].name,t.space,t.merge)==('camvid',CAMVID11,CAMVID_MERGE)
     assert find_pair('gta','cityscapes')==g and find_pair('demo','demo')==find_pair('demo')
@@ -117,18 +117,18 @@ def test_pairs():
 def test_ddbs_settings(tmp_path):
     "Two sources, two targets: concatenated, evaluated apart"
     p = find_pair(['gta','synscapes'], ['cityscapes','mapillary'], weights=[3,1])
-    for s in (*p.sources,*p.targets): fake_tree(s, tmp_path, n=3)
+    for s in (*p.sources,*p.targets): write_dummy_dataset(s, tmp_path, n=3)
     src,tgt,vals = p.folders(tmp_path)
     assert len(src)==6 and len(tgt)==6 and list(vals)==['cityscapes','mapillary'] and len(vals['mapillary'])==3
     assert np.allclose(src.share, [.25]*3+[.25/3]*3)
     assert find_pair(['gta','synscapes']).targets==(CITYSCAPES,)
-    assert np.array_equal(src.label(0), SegFolder(GTA, tmp_path).label(0))
+    assert np.array_equal(src.label(0), SegDataset(GTA, tmp_path).label(0))
 
 def test_target_without_any_label(tmp_path):
     own = dict(mine=dict(images='*.png'))
     p = find_pair('gta', 'mine', own)
-    fake_tree(GTA, tmp_path)
-    fake_tree(p.targets[0], tmp_path)
+    write_dummy_dataset(GTA, tmp_path)
+    write_dummy_dataset(p.targets[0], tmp_path)
     src,tgt,vals = p.folders(tmp_path)
     assert len(src)==2 and len(tgt)==2 and vals=={}
 
@@ -147,7 +147,7 @@ D = dict(folder='y', images='im/{split}/*.jpg', labels='lb/{split}/*.png', split
          classes=[dict(name='lawn', id=1, **{'is':'vegetation'}), dict(name='person', id=7, color=[9,9,9]), dict(name='tape', id=300, **{'is':'void'})])
 
 def test_own_description():
-    s = own_dataset('y', D)
+    s = parse_dataset_spec('y', D)
     assert (s.images,s.suffixes,s.labels[0].folder,s.labels[0].suffix)==('im/{split}',('.jpg',),'lb/{split}','.png')
     assert s.labels[0].ids=={1:8, 7:11} and s.labels[0].void==(300,) and s.space is CITYSCAPES19
 
@@ -156,16 +156,16 @@ def test_own_label_forms(tmp_path, form):
     "The four forms of one label are read as one, equal base names in sub-folders included"
     rows = [dict(name='path', id=0, color=[1,2,3]), dict(name='plant', id=1000, color=[200,0,9]), dict(name='?', id=2, color=[0,0,0], **{'is':'void'})]
     space = dict(name='g', classes=['path','plant'])
-    s = own_dataset('g', dict(images=['im/*.png','im/*.jpg'], labels='lb/*.'+('json' if form=='polygons' else 'png'), form=form, classes=rows, space=space))
-    fake_tree(s, tmp_path)
-    f = SegFolder(s, tmp_path)
+    s = parse_dataset_spec('g', dict(images=['im/*.png','im/*.jpg'], labels='lb/*.'+('json' if form=='polygons' else 'png'), form=form, classes=rows, space=space))
+    write_dummy_dataset(s, tmp_path)
+    f = SegDataset(s, tmp_path)
     for sub in ('x','z'):
         for d in ('im','lb'): (tmp_path/'g'/d/sub).mkdir()
         p = f.path(0)
         (tmp_path/'g/im'/sub/p.name).write_bytes(p.read_bytes())
         (tmp_path/'g/lb'/sub/f.label_path(0).name).write_bytes(f.label_path(0 if sub=='x' else 1).read_bytes())
-    f = SegFolder(s, tmp_path)
-    assert len(f)==4 and f.key(2)=='x/0001' and np.array_equal(f.label(2), f.label(0)) and np.array_equal(f.label(3), f.label(1))
+    f = SegDataset(s, tmp_path)
+    assert len(f)==4 and f.stem(2)=='x/0001' and np.array_equal(f.label(2), f.label(0)) and np.array_equal(f.label(3), f.label(1))
     want = np.roll(np.array([0,1,IGNORE])[np.arange(96)*3//96], 3)
     assert np.array_equal(f.label(1), np.broadcast_to(want, (48,96)))
 
@@ -180,16 +180,16 @@ def test_own_label_forms(tmp_path, form):
     (dict(space=dict(name='g', classes=['a','a'])), 'each class once'), (dict(space=dict(name='g', classes=['a','b'], things=['c'])), 'thing of space g'),
     (dict(space=dict(name='g', classes=['a','b'])), 'unknown class of g')])
 def test_own_description_mistakes(change, says):
-    with pytest.raises(ValueError, match=says): own_dataset('y', D|change)
+    with pytest.raises(ValueError, match=says): parse_dataset_spec('y', D|change)
 
 def test_own_pair_needs_common_classes():
     own = dict(a=dict(images='*.png', labels='*.png', space=dict(name='g', classes=['x','y'])), b=dict(images='*.png', space='cityscapes19'))
     with pytest.raises(ValueError, match='give both the same `space`'): find_pair('a', 'b', own)
     own['b']['space'] = own['a']['space']
-    assert find_pair('a', 'b', own).space==own_space(own['a']['space'])
+    assert find_pair('a', 'b', own).space==parse_label_space(own['a']['space'])
 
 def test_own_merge_and_known_spaces():
-    s = own_dataset('y', D | dict(space='camvid11', merge={'truck':'car'}, classes=[dict(name='truck', id=3), dict(name='car', id=4)]))
+    s = parse_dataset_spec('y', D | dict(space='camvid11', merge={'truck':'car'}, classes=[dict(name='truck', id=3), dict(name='car', id=4)]))
     assert s.merge=={14:13} and s.labels[0].ids=={3:14, 4:13}
 
 def test_statistics_of_another_class_list_are_not_taken(tmp_path):
@@ -198,9 +198,9 @@ def test_statistics_of_another_class_list_are_not_taken(tmp_path):
     rows = lambda *classes: [dict(name=c, id=i) for i,c in zip((1,2), classes)]+[dict(name='more', id=3, **{'is': classes[0]})]
     first = dict(folder='g', images='im/*.png', labels='lb/*.png', classes=rows('a','b'), space=dict(name='s', classes=['a','b']))
     edited = first | dict(classes=rows('b','a'))
-    fake_tree(own_dataset('x', first), tmp_path, n=3)
+    write_dummy_dataset(parse_dataset_spec('x', first), tmp_path, n=3)
     for _ in range(2):                                                     # the second time from the files
-        one,two = (class_stats(SegFolder(own_dataset('x', d), tmp_path), quiet=True) for d in (first, edited))
+        one,two = (class_stats(SegDataset(parse_dataset_spec('x', d), tmp_path), quiet=True) for d in (first, edited))
         assert [n for _,n in one]==[{0:3072, 1:1536}]*3 and [n for _,n in two]==[{0:1536, 1:3072}]*3
     files = sorted(p.name for p in (tmp_path/'g').glob('*.json'))
     assert len(files)==2 and 'sample_class_stats.json' not in files

@@ -8,26 +8,26 @@ from conftest import ROOT
 from udanb.runs import stages as chains
 from udanb.inference import predict as infer
 from udanb.inference import export_labels as pseudo
-from udanb.models.backbones import backbone
-from udanb.runs.build import build, folders, target_folders
+from udanb.models.backbones import create_backbone
+from udanb.runs.build import build_trainer, open_datasets, open_targets
 from udanb.data.catalog import CAMVID, TOWN
-from udanb.runs.stages import gather, label_target, labels_in, recipe_of, weights_of
+from udanb.runs.stages import label_paths, prototype_stage, pseudo_label_stage, recipe_of, weights_of
 from udanb.core.types import IGNORE
 from udanb.core.storage import read_json
 from udanb.core.utils import seed_all
 from udanb.demo.render import write_demo
-from udanb.core.image_io import read_ids
-from udanb.data.concat import SegConcat
+from udanb.core.image_io import read_label
+from udanb.data.concat import ConcatSegDataset
 from udanb.methods.prototypes import Prototypes
-from udanb.data.custom import fake_tree
-from udanb.runs.stamps import STAMP, damaged, outputs
+from udanb.data.custom import write_dummy_dataset
+from udanb.runs.stamps import STAMP_FILE, damaged_files, output_files
 from udanb.runs.pipeline import Pipeline
 from udanb.runs.stamps import read_stamp
 from udanb.inference.export_labels import export_pseudo
-from udanb.data.pseudo_labels import read_rows
+from udanb.data.pseudo_labels import read_export_journal
 from udanb.runs.presets import make_recipe
 from udanb.runs.results import load_run
-from udanb.runs.run import run
+from udanb.runs.run import train_run
 from udanb.training.trainer import Step, Trainer
 from udanb.training.callbacks import read_log
 from udanb.checkpoints.weights import load_weights, save_weights
@@ -66,8 +66,8 @@ def hook(note, set=setattr):
         def noted(*a, **k): say(*a); return real(*a, **k)
         set(owner, name, noted)
     wrap(Trainer, 'step', lambda t,*_: note(f"{t.out.name.rsplit('-',1)[0]} {t.it}"))
-    for owner,name,what in ((pseudo,'_write','label'), (chains,'soup','soup'), (chains,'scored','score'), (infer,'colorize','predict'),
-                            (Prototypes,'add','prototypes'), (chains.Fused,'forward','fusion')): wrap(owner, name, lambda *_,what=what: count(what))
+    for owner,name,what in ((pseudo,'_write','label'), (chains,'soup','soup'), (chains,'score_network','score'), (infer,'colorize','predict'),
+                            (Prototypes,'add','prototypes'), (chains.EnsembleNetwork,'forward','fusion')): wrap(owner, name, lambda *_,what=what: count(what))
 
 def child(page, log, stop, params):
     "A chain that writes down what it does; in one place it waits for the end"
@@ -98,7 +98,7 @@ def finish(page, log, **params):
 
 # ---- what a chain left
 
-def stages(out): return sorted(f.parent.name for f in out.glob(f'*/{STAMP}'))
+def stages(out): return sorted(f.parent.name for f in out.glob(f'*/{STAMP_FILE}'))
 def begun(out): return sorted(f.name for f in out.iterdir() if (f/'.lock').exists())
 def at(out, name): return next(f for f in out.iterdir() if f.name.rsplit('-',1)[0]==name)
 def state(run): return load_weights(weights_of(run))[0]
@@ -107,10 +107,10 @@ def same(a, b):
     "The same stages, whole, and the same weights and labels to the bit"
     assert stages(a)==stages(b)==begun(a)
     for n in stages(a):
-        assert not damaged(a/n, read_stamp(a/n)) and not [*(a/n).rglob('*.part*')]
-        assert outputs(a/n)==outputs(b/n)
+        assert not damaged_files(a/n, read_stamp(a/n)) and not [*(a/n).rglob('*.part*')]
+        assert output_files(a/n)==output_files(b/n)
         if weights_of(a/n).exists(): assert equal(state(a/n), state(b/n)), n
-        for f in outputs(a/n):
+        for f in output_files(a/n):
             if f.endswith('.png') and 'figures' not in f: assert (a/n/f).read_bytes()==(b/n/f).read_bytes(), f
     return True
 def times(out): return {f: f.stat().st_mtime_ns for n in stages(out) for f in (out/n).rglob('*') if f.is_file()}
@@ -126,7 +126,7 @@ def data(tmp_path_factory):
     "The demo; and CamVid and a town in stripes beside it"
     root = tmp_path_factory.mktemp('data')
     write_demo(root/'demo', n_source=3, n_target=3, n_val=2, size=(64,128), quiet=True)
-    for s in (CAMVID,TOWN): fake_tree(s, root, size=(64,128))
+    for s in (CAMVID,TOWN): write_dummy_dataset(s, root, size=(64,128))
     return root
 
 def whole(page, data, folder, **params):
@@ -157,7 +157,7 @@ def test_visda_from_the_shell(visda, data):
     for m,a in zip(members, ('photometric','noise','grid')):
         r = recipe_of(m)
         assert (r.method,r.steps,r.augment,r.init,r.pseudo,r.lr)==('selftrain',2,a,str(weights_of(uda)),str(at(chain, 'labels')),recipe_of(uda).lr/10)
-        start = build(r, data, chain/'x', quiet=True).student.state_dict()
+        start = build_trainer(r, data, chain/'x', quiet=True).student.state_dict()
         assert equal(start, state(uda)) and not equal(state(m), state(uda)) and len(read_log(m/'log.jsonl', 99))==2
         assert set(read_log(m/'log.jsonl', 1)[0])>={'source/ce','lr'} and s[m.name.rsplit('-',1)[0]]['results']['steps']==2
     assert len({weights_hash(state(m)) for m in members})==3
@@ -176,12 +176,12 @@ def test_visda_from_the_shell(visda, data):
     # labels: sure pixels of the adapted student; predictions: every pixel of the soup, in file size
     kept = s['labels']['results']['labels']['demo_target']['all']
     pngs = [*at(chain, 'labels').rglob('*.png')]
-    assert len(pngs)==3==kept['images'] and np.mean([read_ids(p)!=IGNORE for p in pngs])==pytest.approx(kept['coverage']/100)
-    f = target_folders(recipe_of(uda), data, 'val')['demo_target']
+    assert len(pngs)==3==kept['images'] and np.mean([read_label(p)!=IGNORE for p in pngs])==pytest.approx(kept['coverage']/100)
+    f = open_targets(recipe_of(uda), data, 'val')['demo_target']
     for i,n in enumerate(f.names):
         with torch.no_grad(): z = load_run(at(chain, 'soup'))(infer.normalize(f.image(i))[None]).logits
         want = F.interpolate(z, (64,128), mode='bilinear').argmax(1)[0].numpy()
-        assert (read_ids((at(chain, 'predictions')/'demo_target'/'label'/n).with_suffix('.png'))==want).mean()>.999
+        assert (read_label((at(chain, 'predictions')/'demo_target'/'label'/n).with_suffix('.png'))==want).mean()>.999
 
 def test_ddb_from_the_shell(ddb, data):
     chain,cells = ddb
@@ -195,11 +195,11 @@ def test_ddb_from_the_shell(ddb, data):
     for n in ('cut','class'):                          # round 2: from round 1's student, with a tenth of the rate
         assert rs[f'{n}1'].init is None and rs[f'{n}2'].init==str(weights_of(first))
         assert rs[f'{n}2'].lr==pytest.approx(.1*rs[f'{n}1'].lr) and [a['lr']/b['lr'] for a,b in zip(logs[f'{n}2'], logs[f'{n}1'])]==pytest.approx([.1,.1])
-        assert equal(build(rs[f'{n}2'], data, chain/'x', quiet=True).student.state_dict(), state(first))
-    fresh = build(replace(rs['cut1'], method='source_only'), data, chain/'x', quiet=True).student.state_dict()
+        assert equal(build_trainer(rs[f'{n}2'], data, chain/'x', quiet=True).student.state_dict(), state(first))
+    fresh = build_trainer(replace(rs['cut1'], method='source_only'), data, chain/'x', quiet=True).student.state_dict()
     for k in (1,2):                                    # the student: each time from the encoder's weights, with both teachers of the round
         r = rs[f'distill{k}']
-        assert r.init is None and r.lr==rs['cut1'].lr and equal(build(r, data, chain/'x', quiet=True).student.state_dict(), fresh)
+        assert r.init is None and r.lr==rs['cut1'].lr and equal(build_trainer(r, data, chain/'x', quiet=True).student.state_dict(), fresh)
         assert r.args['distill']==dict(teachers=[str(weights_of(at(chain, f'{n}{k}'))) for n in ('cut','class')], soft=False,
                                        prototypes=[str(at(chain, f'prototypes-{n}{k}')/'prototypes.safetensors') for n in ('cut','class')])
         assert list(logs[f'distill{k}'][0])[1:3]==['source/ce','target/distill']
@@ -319,26 +319,26 @@ def test_disk_full_while_labels_are_written(visda, data, tmp_path):
         pytest.skip('needs the right to mount a tmpfs')
     try:
         uda,want = at(visda[0], 'adapt'),at(visda[0], 'labels')
-        label = lambda: label_target(Pipeline(d/'chain', True), 'labels', uda, data, 'train', .05)
+        label = lambda: pseudo_label_stage(Pipeline(d/'chain', True), 'labels', uda, data, 'train', .05)
         (d/'ballast').write_bytes(bytes((1<<20)-5*4096))                                 # five pages: lock, stamp, journal, and two labels of three
         with pytest.raises(OSError) as e: label()
         assert e.value.errno==errno.ENOSPC and "in stage 'labels'" in e.value.__notes__[0]
         f = at(d/'chain', 'labels')
-        rows = read_rows(f)
+        rows = read_export_journal(f)
         assert read_stamp(f) is None and 0<len(rows)<3 and f.name==want.name and not [*f.rglob('*.part*')]
         for r in rows.values():
             for n in r['bytes']: assert (f/n).read_bytes()==(want/n).read_bytes()
         (d/'ballast').unlink()
         was = {n: (f/n).stat().st_mtime_ns for r in rows.values() for n in r['bytes']}
-        assert label()==f and {n: (f/n).stat().st_mtime_ns for n in was}==was and outputs(f)==outputs(want)
-        assert all((f/n).read_bytes()==(want/n).read_bytes() for n in outputs(f))         # so what follows has the same key
+        assert label()==f and {n: (f/n).stat().st_mtime_ns for n in was}==was and output_files(f)==output_files(want)
+        assert all((f/n).read_bytes()==(want/n).read_bytes() for n in output_files(f))         # so what follows has the same key
     finally: subprocess.run(['umount','-l',d])
 
 # ---- other starts
 
 def test_encoder_from_a_file(data, tmp_path):
     "Its content counts, not its place: moved, everything is found"
-    seed_all(1); enc = save_weights(tmp_path/'a'/'enc.safetensors', backbone('mit_b0', None).body)
+    seed_all(1); enc = save_weights(tmp_path/'a'/'enc.safetensors', create_backbone('mit_b0', None).body)
     small = lambda page,**kw: notebook(page, data_root=str(data), out=str(tmp_path/page), steps=1, over=TINY | dict(weights=str(enc)), **kw)['pipe'].table()
     both = lambda: pd.concat([small('visda22', augment=['noise'], threshold=None), small('ddb', rounds=1)])
     assert set(both().state)=={'made'}
@@ -362,11 +362,11 @@ def test_broken_images_are_left_out(data, tmp_path):
     bad = sorted((tmp_path/'demo'/'cityscapes'/'leftImg8bit'/'train').rglob('*.png'))[1]
     cut(bad)
     go = lambda page,**kw: notebook(page, data_root=str(tmp_path), out=str(tmp_path/page), steps=1, **kw)
-    r = run(make_recipe('source_only', 'demo', over=TINY | dict(steps=1)), tmp_path, tmp_path/'r', True)
-    with pytest.raises(ValueError, match=bad.name): label_target(Pipeline(tmp_path/'x', True), 'labels', r, tmp_path)
+    r = train_run(make_recipe('source_only', 'demo', over=TINY | dict(steps=1)), tmp_path, tmp_path/'r', True)
+    with pytest.raises(ValueError, match=bad.name): pseudo_label_stage(Pipeline(tmp_path/'x', True), 'labels', r, tmp_path)
     with pytest.warns(UserWarning, match='left out'):
         got = go('visda22', augment=['noise'], threshold=None, over=TINY | dict(skip_broken=True))
-    assert len(read_rows(got['labels']))==2 and bad.name not in str(read_rows(got['labels']))
+    assert len(read_export_journal(got['labels']))==2 and bad.name not in str(read_export_journal(got['labels']))
     with pytest.warns(UserWarning, match='left out'): assert go('ddb', rounds=1, over=TINY | dict(skip_broken=True))['table'].loc['mIoU'].notna().all()
 
 @pytest.mark.parametrize('source,target,kw', [(['demo','town'],'demo',{}), ('demo',['demo','camvid'],dict(soft=True, prototypes=False))])
@@ -380,7 +380,7 @@ def test_ddb_with_several_domains(source, target, kw, data, tmp_path):
         whole = [got['pipe'].results(f)['miou'][w] for f,w in zip(got['stages'].values(), ('student','student','fusion','student'))]
         assert list(each)==['demo_target','camvid'] and np.allclose(each.mean(axis=1), whole)
         assert 'prototypes' not in r.args['distill'] and r.args['distill']['soft']
-    else: assert len(folders(r, data)[0])==5 and max(read_stamp(at(tmp_path, 'prototypes-cut1'))['results']['count'].values())<=3
+    else: assert len(open_datasets(r, data)[0])==5 and max(read_stamp(at(tmp_path, 'prototypes-cut1'))['results']['count'].values())<=3
 
 # ---- stored labels
 
@@ -390,13 +390,13 @@ def test_only_stored_labels_are_learned(visda, data, tmp_path):
     for f in (tmp_path/'demo'/'cityscapes'/'gtFine'/'train').rglob('*.png'): f.write_bytes(b'poison')
     labels = Path(shutil.copytree(at(visda[0], 'labels'), tmp_path/'labels'))
     for f in labels.rglob('*.png'):
-        y = read_ids(f).copy(); y[:,64:] = IGNORE                                        # nothing is known of the right half
+        y = read_label(f).copy(); y[:,64:] = IGNORE                                        # nothing is known of the right half
         infer.Image.fromarray(y).save(f)
     r = make_recipe('selftrain', 'demo', over=TINY | dict(pseudo=str(labels), crop=(64,128), cat_max=None, batch=3, steps=1))
-    t = build(r, tmp_path, tmp_path/'r', quiet=True)
+    t = build_trainer(r, tmp_path, tmp_path/'r', quiet=True)
     src,tgt,_ = next(iter(t.loader(0)))
     assert tgt is None and t.teacher is None
-    stored = {n: read_ids(labels/f) for n,row in read_rows(labels).items() for f in row['bytes']}
+    stored = {n: read_label(labels/f) for n,row in read_export_journal(labels).items() for f in row['bytes']}
     for n,y in zip(src.name, src.lbl.numpy()): assert (y==stored[n]).all() or (y==stored[n][:,::-1]).all()
     free = src.lbl==IGNORE
     assert free.float().mean()>=.5 and (~free).any()
@@ -418,39 +418,39 @@ def test_several_targets(data, tmp_path):
     got = notebook('visda22', recipe='dacs', target=['demo','camvid'], data_root=str(data), out=str(tmp_path/'chain'), steps=1, augment=['grid'],
                    threshold=.05, predict_split='val', over=TINY)
     pipe,a,labels,r = got['pipe'],got['uda'],got['labels'],got['adapt']
-    where = labels_in(labels, recipe_of(a))
+    where = label_paths(labels, recipe_of(a))
     assert where==(f'{labels}/demo_target',f'{labels}/camvid') and set(pipe.results(labels)['labels'])=={'demo_target','camvid'}
     again = recipe_of(got['members']['grid'])
     assert again.pseudo==where and list(got['tables'])==['demo_target','camvid'] and got['summary'].notna().all(None)
-    src,_,_ = folders(again, data)
-    assert isinstance(src, SegConcat) and len(src)==len(src.labels)==sum(len(read_rows(d)) for d in where) and len(src.space)==11
+    src,_,_ = open_datasets(again, data)
+    assert isinstance(src, ConcatSegDataset) and len(src)==len(src.labels)==sum(len(read_export_journal(d)) for d in where) and len(src.space)==11
     for i in range(len(src)):
         y = src.label(i)
         assert set(np.unique(y))<={*range(11),IGNORE} and str(src.label_path(i)).startswith(str(labels))
     for f in got['stages'].values(): assert set(pipe.results(f)['targets']['student'])=={'demo_target','camvid'}
     assert {p.name for p in at(pipe.out, 'predictions').iterdir() if p.is_dir()}=={'demo_target','camvid'}
-    assert max(pipe.results(gather(pipe, 'prototypes', a, data))['count'].values())<=len(folders(r, data)[1])
+    assert max(pipe.results(prototype_stage(pipe, 'prototypes', a, data))['count'].values())<=len(open_datasets(r, data)[1])
     moved = Pipeline(copy(tmp_path/'chain', tmp_path/'moved'), True)                     # paths of two folders in one field
     a,labels = at(moved.out, 'adapt'),at(moved.out, 'labels')
-    moved.train('self-grid', replace(again, init=str(weights_of(a)), pseudo=labels_in(labels, r)), data, dict(init=weights_of(a), labels=labels))
+    moved.train('self-grid', replace(again, init=str(weights_of(a)), pseudo=label_paths(labels, r)), data, dict(init=weights_of(a), labels=labels))
     assert list(moved.table().state)==['found']
     for wrong in (where[0], where[:1], (*where,where[0])):
-        with pytest.raises(ValueError, match='selftrain learns stored pseudo-labels of 2 targets'): folders(replace(again, pseudo=wrong), data)
-    with pytest.raises(ValueError, match='have the dataset camvid, asked for is demo_target'): folders(replace(again, pseudo=where[::-1]), data)
+        with pytest.raises(ValueError, match='selftrain learns stored pseudo-labels of 2 targets'): open_datasets(replace(again, pseudo=wrong), data)
+    with pytest.raises(ValueError, match='have the dataset camvid, asked for is demo_target'): open_datasets(replace(again, pseudo=where[::-1]), data)
 
 def test_other_labels_under_the_same_name(visda, data, tmp_path):
     uda,out = at(visda[0], 'adapt'),tmp_path/'labels'
     def label(threshold):
         shutil.rmtree(out, ignore_errors=True)
-        f = target_folders(recipe_of(uda), data, 'train', labels=False)['demo_target']
+        f = open_targets(recipe_of(uda), data, 'train', labels=False)['demo_target']
         export_pseudo(load_run(uda), f, out, f.space, threshold, quiet=True)
     r = make_recipe('selftrain', 'demo', over=TINY | dict(pseudo=str(out), steps=1))
-    label(.05); run(r, data, tmp_path/'r', True)
+    label(.05); train_run(r, data, tmp_path/'r', True)
     when = (tmp_path/'r'/'model.safetensors').stat().st_mtime_ns
     label(.3)
-    with pytest.raises(ValueError, match=r'inputs.json belongs to another recipe \(pseudo: .* there, .* here\)'): run(r, data, tmp_path/'r', True)
+    with pytest.raises(ValueError, match=r'inputs.json belongs to another recipe \(pseudo: .* there, .* here\)'): train_run(r, data, tmp_path/'r', True)
     label(.05)                                                                            # the same labels, written anew
-    assert (run(r, data, tmp_path/'r', True)/'model.safetensors').stat().st_mtime_ns==when
+    assert (train_run(r, data, tmp_path/'r', True)/'model.safetensors').stat().st_mtime_ns==when
 
 # ---- other notebooks on a chain's folders
 
@@ -492,7 +492,7 @@ def test_no_pixel_is_sure(visda, data, tmp_path):
     "A training without a labelled pixel would only shrink weights"
     pipe,uda = Pipeline(tmp_path, True),at(visda[0], 'adapt')
     with pytest.raises(ValueError, match='threshold 1.0: not one pixel is that sure .mean confidence: demo_target .* Lower it') as e:
-        label_target(pipe, 'labels', uda, data, threshold=1.)
+        pseudo_label_stage(pipe, 'labels', uda, data, threshold=1.)
     assert "in stage 'labels'" in e.value.__notes__[0] and not stages(tmp_path)
 
 def test_labels_belong_to_selftrain(visda):

@@ -8,25 +8,25 @@ from torch.nn import functional as F
 
 from udanb.core.types import IGNORE, Sample
 from udanb.core.utils import seed_all
-from udanb.models.hrda import HRDA, paste
+from udanb.models.hrda import HRDA, scatter_crops
 from udanb.methods.cluda import (
-    Contrast,
-    Weigher,
+    PixelContrastLoss,
+    ScaleWeightHead,
     chunked_contrast,
     cluda,
-    contrast_rows,
-    detail_at,
-    grid_of,
-    labels_at,
-    most_uncertain,
+    contrast_loss_rows,
+    grid_size,
+    max_entropy_boxes,
+    sample_detail,
+    sample_labels,
 )
 from udanb.methods.daformer import dacs, daformer, source_only
-from udanb.models.segmentor import param_groups, segmentor
+from udanb.models.segmentor import create_segmentor, param_groups
 from udanb.training.trainer import Step, Trainer
 
 N = 5
 def net(head='daformer', hrda=False, seed=0):
-    seed_all(seed); s = segmentor('mit_b0', N, head, dim=8)
+    seed_all(seed); s = create_segmentor('mit_b0', N, head, dim=8)
     return HRDA(s, crop=32, dim=8) if hrda else s
 
 def batch(seed=0, size=(64,128), n=2):
@@ -81,7 +81,7 @@ def literal(out, x, w, parity):
     L = ell(fl@fl.T, K)
     if w is not None:
         box,cell = out.aux['box'],4
-        fh = F.normalize(read(paste(out.aux['detail_fused'], box//cell, (H//cell,W//cell))), dim=1)
+        fh = F.normalize(read(scatter_crops(out.aux['detail_fused'], box//cell, (H//cell,W//cell))), dim=1)
         d = torch.tensor([(t/cell<=i*(H/cell-1)/(g[0]-1)<=e/cell-1 and l/cell<=j*(W/cell-1)/(g[1]-1)<=r/cell-1)
                          for t,e,l,r in box.tolist() for i in range(g[0]) for j in range(g[1])])
         v = read(w)[:,0]; M = v[:,None]*v
@@ -96,7 +96,7 @@ def literal(out, x, w, parity):
 def test_criterion_is_a_literal_reading(parity, hrda, trusted):
     h = net(hrda=hrda); x,_ = batch(3)
     if trusted: x.wgt = torch.rand(2,64,128)
-    crit = Contrast(Weigher(h.backbone.channels, 8) if hrda else None, parity=parity, chunk=17).eval()
+    crit = PixelContrastLoss(ScaleWeightHead(h.backbone.channels, 8) if hrda else None, parity=parity, chunk=17).eval()
     out = h(x.img)
     w = crit.weigher(out.feats) if hrda else None
     torch.testing.assert_close(crit(out, x), literal(out, x, w, parity), rtol=1e-5, atol=1e-6)
@@ -104,7 +104,7 @@ def test_criterion_is_a_literal_reading(parity, hrda, trusted):
 def test_parity_changes_what_it_says():
     "Void, road and the outside of the detail"
     xs = cells(60, 5); y,d = xs[3],xs[5]
-    row = lambda xs, i, parity: contrast_rows(slice(i,i+1), *xs, parity)
+    row = lambda xs, i, parity: contrast_loss_rows(slice(i,i+1), *xs, parity)
     void = int((y==IGNORE).nonzero()[0]); outside = int(((y==1)&~d).nonzero()[0]); road = int(((y==0)&d).nonzero()[0])
     assert row(xs, void, False)==0 and row(xs, void, True)!=0
     new = [*xs[:2], torch.rand(60), *xs[3:]]                                    # other weights
@@ -132,21 +132,21 @@ def test_detail_lies_where_it_was_cut():
     yy,xx = torch.meshgrid(torch.arange(32.), torch.arange(64.), indexing='ij')
     place = torch.stack([yy,xx])[None].repeat(2,1,1,1); box = torch.tensor([[32,96,64,160],[0,64,160,256]])
     x = torch.stack([place[i,:,t:b,l:r] for i,(t,b,l,r) in enumerate((box//4).tolist())])
-    got,inside = detail_at(x, box, (128,256), (9,17))
+    got,inside = sample_detail(x, box, (128,256), (9,17))
     want = torch.stack(torch.meshgrid(torch.linspace(0,31,9), torch.linspace(0,63,17), indexing='ij')).expand(2,2,9,17)
     torch.testing.assert_close(got.movedim(1,-1)[inside], want.movedim(1,-1)[inside], atol=1e-4, rtol=0)
     assert inside.any((1,2)).all() and not got.isnan().any()
 
 def test_labels_are_read_where_features_are():
     lbl = torch.arange(256).repeat(64,1)[None]
-    f = F.interpolate(torch.arange(256.).repeat(64,1)[None,None], grid_of((64,256)), mode='bilinear', align_corners=True)
-    assert (labels_at(lbl, grid_of((64,256)))-f[:,0]).abs().max()<=.5
-    assert (labels_at(lbl, grid_of((64,256)), True)-f[:,0]).abs().max()>10
+    f = F.interpolate(torch.arange(256.).repeat(64,1)[None,None], grid_size((64,256)), mode='bilinear', align_corners=True)
+    assert (sample_labels(lbl, grid_size((64,256)))-f[:,0]).abs().max()<=.5
+    assert (sample_labels(lbl, grid_size((64,256)), True)-f[:,0]).abs().max()>10
 
 @pytest.mark.parametrize('size,crop', [((128,128),(64,64)), ((64,128),(32,32)), ((64,96),(64,32)), ((40,72),(32,32)), ((32,32),(32,32))])
 def test_uncertain_window_is_the_best_of_all(size, crop):
     seed_all(1); logits = 3*torch.randn(3,N,size[0]//8,size[1]//8)
-    got = most_uncertain(logits, size, torch.tensor([[0,crop[0],0,crop[1]]]).expand(3,4))
+    got = max_entropy_boxes(logits, size, torch.tensor([[0,crop[0],0,crop[1]]]).expand(3,4))
     p = logits.softmax(1); ent = -(p*p.log()).sum(1)
     starts = lambda n,c: sorted({min(i*(c//2), n-c) for i in range(n)})
     for e,b in zip(ent, got.tolist()):
@@ -163,10 +163,10 @@ def test_aims_only_the_mixed_pass_and_only_later():
     h = net(hrda=True); m = cluda(daformer(h, fd=0), h, dim=8, after=3)
     boxes = []; h.register_forward_hook(lambda mod,a,o: boxes.append(o.aux['box']) if 'box' in o.aux else None)
     for _ in steps(m, h, (3,4)): pass
-    assert len(boxes)==4 and h.where is None and m.teacher.net.where is None
+    assert len(boxes)==4 and h.box_selector is None and m.teacher.net.box_selector is None
     assert boxes[0].equal(boxes[2]) and not boxes[1].equal(boxes[3]) and not (boxes[3]%16).any()
     boxes.clear(); h2 = net(hrda=True)
-    assert type(cluda(dacs(h2), h2, after=None, dim=8).passes[1].view).__name__=='Mixed'
+    assert type(cluda(dacs(h2), h2, after=None, dim=8).passes[1].view).__name__=='MixedView'
 
 @pytest.mark.parametrize('head', ['daformer','segformer','upernet','dlv2'])
 def test_heads(head):
@@ -200,7 +200,7 @@ def test_weight_zero_is_daformer_to_the_last_bit():
 
 def test_autocast():
     h = net(hrda=True); x,_ = batch()
-    crit = Contrast(Weigher(h.backbone.channels, 8))
+    crit = PixelContrastLoss(ScaleWeightHead(h.backbone.channels, 8))
     with torch.autocast('cpu', torch.bfloat16): loss = crit(h(x.img), x)
     assert loss.dtype==torch.float32
     loss.backward()
@@ -209,13 +209,13 @@ def test_autocast():
 def test_one_image_without_labels_or_positives():
     h = net(); x,_ = batch(n=1)
     for lbl in (torch.full((1,64,128), IGNORE), torch.ones(1,64,128, dtype=torch.long)):
-        loss = Contrast()(h(x.img), Sample(x.img, lbl)); loss.backward()
+        loss = PixelContrastLoss()(h(x.img), Sample(x.img, lbl)); loss.backward()
         assert loss.abs()<1e-6 and all(p.grad is None or p.grad.isfinite().all() for p in h.parameters())
 
 def test_messages():
     h = net(hrda=True); x,_ = batch()
     with pytest.raises(ValueError, match="passes 'source' and 'mixed'"): cluda(source_only(h), h)
-    with pytest.raises(ValueError, match='no detail in this output'): Contrast(Weigher(h.backbone.channels, 8))(h.eval()(x.img), x)
+    with pytest.raises(ValueError, match='no detail in this output'): PixelContrastLoss(ScaleWeightHead(h.backbone.channels, 8))(h.eval()(x.img), x)
 
 def test_a_run_stopped_and_resumed_is_the_same_run(tmp_path):
     def trainer(out, n, stop=None):

@@ -2,16 +2,16 @@
 import math
 import pytest, torch, yaml
 from conftest import ROOT
-from udanb.runs.build import box, build
+from udanb.runs.build import build_trainer, eval_image_size
 from udanb.core.utils import seed_all
 from udanb.demo.render import write_demo
-from udanb.methods.cluda import Aimed
-from udanb.methods.dida import Calibrated
-from udanb.methods.extras import Paste, pass_of
-from udanb.runs.grid import RUN
+from udanb.methods.cluda import UncertainDetailView
+from udanb.methods.dida import BankCalibratedView
+from udanb.methods.extras import RareClassPasteView, pass_of
+from udanb.runs.grid import NOTEBOOK_PARAMETERS
 from udanb.runs.presets import make_recipe
 from udanb.runs.recipe import pair_of
-from udanb.models.segmentor import param_groups, segmentor
+from udanb.models.segmentor import create_segmentor, param_groups
 from udanb.training.trainer import Step
 
 TINY = dict(backbone='mit_b0', weights=None, dim=16, batch=2, crop=(64,64), rcs_px=8, rcs_ratio=.5, steps=2, tau=0., fd=0., blur=0.)
@@ -31,7 +31,7 @@ def data(tmp_path_factory):
 
 def trainer(data, out, plus, **over):
     r = make_recipe('daformer', 'demo', over=TINY | dict(plus=list(plus), args={k: v for k,v in ARGS.items() if k in plus}) | over)
-    return build(r, data, out, quiet=True)
+    return build_trainer(r, data, out, quiet=True)
 
 def size_of(v, module):
     "Sum of the absolute gradients of `v` in a module's parameters"
@@ -67,7 +67,7 @@ def test_two_steps_and_a_gradient_from_each(plus, net, data, tmp_path):
     assert set(got)==want and {k for l in logs for k in l if '/' in k}==want
     for k,(value,student,_) in got.items(): assert math.isfinite(value) and (student>0)==(k.split('/')[1] not in NOTES), (k,value,student)
     if 'cluda' in plus and 'hrda' in net:                       # its weighting head learns, and its details were aimed once
-        assert got['source/contrast'][2]>0 and got['mixed/contrast'][2]>0 and t.student.where is None
+        assert got['source/contrast'][2]>0 and got['mixed/contrast'][2]>0 and t.student.box_selector is None
     if 'paste' in plus: assert pass_of(t.method, 'mixed').view.bank.seen.sum()>0
     used = {id(p) for g in t.opt.param_groups for p in g['params']}
     assert all(id(p) in used for m in (t.student,t.method) for p in m.parameters() if p.requires_grad)
@@ -80,8 +80,8 @@ def test_order_of_additions(data, tmp_path):
         seen.add(tuple(sorted((p.name,c.name,round(c.w, 9)) for p in t.method.passes for c in p.crits)))
         view,chain = pass_of(t.method, 'mixed').view,[]
         while view is not None: chain.append(view); view = getattr(view, 'view', None)
-        assert {Paste,Aimed,Calibrated}<={type(v) for v in chain} and len(chain)==4
-        assert [type(v.strong).__name__ for v in chain if hasattr(v, 'strong')]==['Strong','Identity'], chain      # at the pasted image, not beneath
+        assert {RareClassPasteView,UncertainDetailView,BankCalibratedView}<={type(v) for v in chain} and len(chain)==4
+        assert [type(v.strong).__name__ for v in chain if hasattr(v, 'strong')]==['StrongAugmentation','Identity'], chain      # at the pasted image, not beneath
         logs = [t.step(*b[:2]) for b in t.loader(0)]
         assert len(logs)==2 and all(math.isfinite(v) for l in logs for v in l.values())
     assert len(seen)==1
@@ -124,14 +124,14 @@ SAME = dict(
 def asked(stem):
     text = (ROOT/'params'/f'{stem}.yaml').read_text(); p = yaml.safe_load(text)
     assert f'-f params/{stem}.yaml' in text and f'outputs/{stem}.ipynb' in text and '# Expect:  not run here' in text
-    assert set(p)<=set(RUN), p
+    assert set(p)<=set(NOTEBOOK_PARAMETERS), p
     return make_recipe(p['recipe'], p['source'], p['target'], p.get('over', {}), **{k: p.get(k) for k in ('backbone','steps','seed')})
 
 @pytest.mark.parametrize('stem', PAPER)
 def test_paper_settings(stem):
     r,want = asked(stem),SAME | dict(target='cityscapes', source=stem.split('_')[0], args={}) | PAPER[stem]
     assert {k: getattr(r, k) for k in want}==want
-    sizes = {s.name: box(r, s) for p in [pair_of(r)] for s in (*p.sources,*p.targets)}
+    sizes = {s.name: eval_image_size(r, s) for p in [pair_of(r)] for s in (*p.sources,*p.targets)}
     k = 2 if r.hrda else 1
     native = dict(gta=(720,1280), synthia=(760,1280), cityscapes=(512,1024), acdc=(540,960), dark_zurich=(540,960))
     assert sizes=={n: tuple(k*v for v in native[n]) for n in sizes}
@@ -141,11 +141,11 @@ def test_zerowaste_is_the_winners_first_stage():
     want = SAME | dict(backbone='convnext_l', ch=512, rcs=False, cat_max=None, margins='rows', crop=(512,512), scale=1., hrda=False, plus=())
     assert {k: getattr(r, k) for k in want}==want and (r.source,r.target)==('zerowaste_v1','zerowaste_v2')
     p = pair_of(r)
-    assert p.space.things==(1,2,3,4) and box(r, p.sources[0])==box(r, p.targets[0])==(720,1280)
+    assert p.space.things==(1,2,3,4) and eval_image_size(r, p.sources[0])==eval_image_size(r, p.targets[0])==(720,1280)
     assert sum(v.numel() for v in meta(r, len(p.space)).head.parameters())==12_314_117      # as counted in the spec
 
 def meta(r, n):
-    with torch.device('meta'): return segmentor(r.backbone, n, r.head, None, r.dim, r.ch)
+    with torch.device('meta'): return create_segmentor(r.backbone, n, r.head, None, r.dim, r.ch)
 
 @pytest.mark.parametrize('stem', ['gta_vfm','gta_vfm_dinov3'])
 def test_vfm(stem):

@@ -68,7 +68,7 @@ def test_orientation_tags_do_not_turn_images(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     (tmp_path/'a.jpg').write_bytes(encode(picture(), 'JPEG', exif=exif))
-    assert read_image(tmp_path/'a.jpg').shape[:2]==image_size(tmp_path/'a.jpg')==(40,56)
+    assert read_image(tmp_path/'a.jpg').shape[:2]==read_image_size(tmp_path/'a.jpg')==(40,56)
 
 FORMATS = dict(png=('PNG',{}), jpg=('JPEG',dict(quality=90)), prog=('JPEG',dict(quality=90, progressive=True)), webp=('WEBP',{}))
 
@@ -106,7 +106,7 @@ def test_a_cut_jpeg_with_a_whole_thumbnail_raises(tmp_path):
     with pytest.raises(ValueError, match='stops before its end'): read_image(tmp_path/'a.jpg')
 
 def test_a_flipped_byte_in_a_png_raises(tmp_path):
-    for read,img in ((read_image, picture()), (read_ids, np.random.default_rng(0).integers(0, 34, (40,56), dtype=np.uint8))):
+    for read,img in ((read_image, picture()), (read_label, np.random.default_rng(0).integers(0, 34, (40,56), dtype=np.uint8))):
         data = bytearray(encode(img, 'PNG'))
         data[len(data)//2] ^= 0xff
         (tmp_path/'a.png').write_bytes(data)
@@ -117,66 +117,66 @@ def test_a_flipped_byte_in_a_png_raises(tmp_path):
 def test_a_cut_label_raises(tmp_path, share):
     whole = encode(np.random.default_rng(0).integers(0, 34, (40,56), dtype=np.uint8), 'PNG')
     (tmp_path/'a.png').write_bytes(whole[:min(int(share*len(whole)), len(whole)-13)])    # 12 bytes of an end chunk carry nothing
-    with pytest.raises(ValueError, match='broken image file'): read_ids(tmp_path/'a.png')
+    with pytest.raises(ValueError, match='broken image file'): read_label(tmp_path/'a.png')
 
 def test_palette_labels_are_indices(gta):
     p = gta/'gta/labels/00000.png'
-    assert Image.open(p).mode=='P' and set(np.unique(read_ids(p)))<=set(PAPER)
+    assert Image.open(p).mode=='P' and set(np.unique(read_label(p)))<=set(PAPER)
 
 # ---------------------------------------------------------------- bad trees and files
 
 def test_missing_folder_says_what_to_do(tmp_path):
-    with pytest.raises(FileNotFoundError) as e: SegFolder(GTA, tmp_path)
+    with pytest.raises(FileNotFoundError) as e: SegDataset(GTA, tmp_path)
     for s in (str(tmp_path/'gta'/'images'), 'download.visinf.tu-darmstadt.de', 'papermill nbs/train_uda.ipynb outputs/demo.ipynb -p source demo'):
         assert s in str(e.value)
 
 def test_every_dataset_says_where_to_get_it(tmp_path):
     for s in DATASETS.values():
-        with pytest.raises(FileNotFoundError) as e: SegFolder(s, tmp_path)
-        assert len(s.where)>20 and s.where in str(e.value)
+        with pytest.raises(FileNotFoundError) as e: SegDataset(s, tmp_path)
+        assert len(s.download_hint)>20 and s.download_hint in str(e.value)
 
 def test_empty_folder(tmp_path):
     (tmp_path/'gta/images').mkdir(parents=True)
     (tmp_path/'gta/images/readme.txt').write_text('x')
     with pytest.raises(ValueError, match=r"images holds no image of split 'train' that ends in \.png; a published file is images/00001\.png"):
-        SegFolder(GTA, tmp_path)
+        SegDataset(GTA, tmp_path)
 
 def test_corrupt_image_in_a_folder(gta):
     p = gta/'gta/images/00001.png'
     p.write_bytes(p.read_bytes()[:300])
-    with pytest.raises(ValueError, match='00001.png: broken image file'): SegFolder(GTA, gta).image(1)
+    with pytest.raises(ValueError, match='00001.png: broken image file'): SegDataset(GTA, gta).image(1)
 
 @pytest.mark.parametrize('which', ['images','labels'])
 def test_zero_byte_file_in_a_folder(gta, which):
     p = gta/f'gta/{which}/00001.png'
     p.write_bytes(b'')
-    with pytest.raises(ValueError, match=f'{which}.00001.png: broken image file'): SegFolder(GTA, gta).label(1)
+    with pytest.raises(ValueError, match=f'{which}.00001.png: broken image file'): SegDataset(GTA, gta).label(1)
 
 def test_label_of_another_size(gta):
     save_label(gta/'gta/labels/00001.png', np.full((40,55), 7, np.uint8))
-    with pytest.raises(ValueError) as e: SegFolder(GTA, gta).label(1)
+    with pytest.raises(ValueError) as e: SegDataset(GTA, gta).label(1)
     assert '55×40' in str(e.value) and '56×40' in str(e.value) and str(gta/'gta/labels/00001.png') in str(e.value)
 
 def test_unknown_ids_are_listed_with_counts(gta):
     ids = np.full((40,56), 7, np.uint8)
     ids[0,:3],ids[5:7,:5] = 77,200
     save_label(gta/'gta/labels/00001.png', ids)
-    with pytest.raises(ValueError, match=r'00001\.png.*77 \(3 px\), 200 \(10 px\)'): SegFolder(GTA, gta).label(1)
+    with pytest.raises(ValueError, match=r'00001\.png.*77 \(3 px\), 200 \(10 px\)'): SegDataset(GTA, gta).label(1)
 
 def test_colour_picture_instead_of_ids(gta):
     Image.fromarray(picture()).save(gta/'gta/labels/00001.png')
-    with pytest.raises(ValueError, match='colour image'): SegFolder(GTA, gta).label(1)
+    with pytest.raises(ValueError, match='colour image'): SegDataset(GTA, gta).label(1)
 
 def test_images_without_labels_are_counted(gta):
     for i in (1,2): (gta/f'gta/labels/{i:05d}.png').unlink()
-    with pytest.raises(ValueError, match=r'2 of 3 images.*first is images/00001\.png.*labels=False'): SegFolder(GTA, gta)
-    assert len(SegFolder(GTA, gta, limit=1))==1
+    with pytest.raises(ValueError, match=r'2 of 3 images.*first is images/00001\.png.*labels=False'): SegDataset(GTA, gta)
+    assert len(SegDataset(GTA, gta, limit=1))==1
     shutil.rmtree(gta/'gta/labels')
-    with pytest.raises(FileNotFoundError, match='no folder .*labels'): SegFolder(GTA, gta)
+    with pytest.raises(FileNotFoundError, match='no folder .*labels'): SegDataset(GTA, gta)
 
 def test_unknown_split(gta):
-    with pytest.raises(ValueError, match="split of dataset 'gta' 'val'"): SegFolder(GTA, gta, 'val')
-    with pytest.raises(ValueError, match="did you mean 'train'"): SegFolder(CITYSCAPES, gta, 'trian')
+    with pytest.raises(ValueError, match="split of dataset 'gta' 'val'"): SegDataset(GTA, gta, 'val')
+    with pytest.raises(ValueError, match="did you mean 'train'"): SegDataset(CITYSCAPES, gta, 'trian')
 
 def test_target_without_label_files(gta):
     "A target opened for adaptation never looks for labels; asking for one says so"
@@ -185,13 +185,13 @@ def test_target_without_label_files(gta):
     src,tgt,val = PAIRS['gta'].folders(gta)
     assert (len(src),len(tgt),len(val['cityscapes']))==(3,2,1) and tgt.image(1).shape==(40,56,3)
     with pytest.raises(ValueError, match='opened without labels'): tgt.label(0)
-    with pytest.raises(FileNotFoundError, match='gtFine'): SegFolder(CITYSCAPES, gta)
+    with pytest.raises(FileNotFoundError, match='gtFine'): SegDataset(CITYSCAPES, gta)
 
 def test_target_labels_are_never_opened(gta, monkeypatch):
     city(gta, 'train', 'aachen/a_000000')
     seen,real = [],os.walk
     monkeypatch.setattr(os, 'walk', lambda d,*a,**k: (seen.append(str(d)), real(d,*a,**k))[1])
-    SegFolder(CITYSCAPES, gta, labels=False).image(0)
+    SegDataset(CITYSCAPES, gta, labels=False).image(0)
     assert len(seen)==1 and 'gtFine' not in seen[0]
 
 # ---------------------------------------------------------------- layouts
@@ -203,7 +203,7 @@ def test_labels_equal_a_naive_loop(tmp_path, h, w, seed, merged):
     (tmp_path/'gta/images').mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.zeros((h,w,3), np.uint8)).save(tmp_path/'gta/images/0.png')
     save_label(tmp_path/'gta/labels/0.png', ids)
-    got = SegFolder(GTA, tmp_path, space=CAMVID11 if merged else CITYSCAPES19, merge=CAMVID_MERGE if merged else None).label(0)
+    got = SegDataset(GTA, tmp_path, space=CAMVID11 if merged else CITYSCAPES19, merge=CAMVID_MERGE if merged else None).label(0)
     for y in range(h):
         for x in range(w):
             t = PAPER.index(ids[y,x]) if ids[y,x] in PAPER else IGNORE
@@ -211,30 +211,30 @@ def test_labels_equal_a_naive_loop(tmp_path, h, w, seed, merged):
             assert got[y,x]==t
 
 def test_native_first_then_upstreams_converted_file(gta):
-    f = SegFolder(GTA, gta)
+    f = SegDataset(GTA, gta)
     native = f.label(0)
     save_label(gta/'gta/labels/00000_labelTrainIds.png', native, palette=False)
-    assert SegFolder(GTA, gta).label_path(0).name=='00000.png' and len(SegFolder(GTA, gta))==3
+    assert SegDataset(GTA, gta).label_path(0).name=='00000.png' and len(SegDataset(GTA, gta))==3
     (gta/'gta/labels/00000.png').unlink()
-    back = SegFolder(GTA, gta)
+    back = SegDataset(GTA, gta)
     assert back.label_path(0).name=='00000_labelTrainIds.png' and np.array_equal(back.label(0), native)
 
 def test_label_files_among_the_images_are_not_images(gta):
     one = replace(GTA, images='labels')
     save_label(gta/'gta/labels/00000_labelTrainIds.png', np.zeros((40,56), np.uint8))
-    assert SegFolder(one, gta, labels=False).names==[f'labels/{i:05d}.png' for i in range(3)]
+    assert SegDataset(one, gta, labels=False).names==[f'labels/{i:05d}.png' for i in range(3)]
 
 def test_equal_base_names_in_sub_folders(tmp_path):
     city(tmp_path, 'train', 'aachen/x_0', 'bochum/x_0')
-    f = SegFolder(CITYSCAPES, tmp_path)
-    assert [f.key(i) for i in (0,1)]==['aachen/x_0','bochum/x_0']
+    f = SegDataset(CITYSCAPES, tmp_path)
+    assert [f.stem(i) for i in (0,1)]==['aachen/x_0','bochum/x_0']
     assert f.label(0).max()==0 and f.label(1).min()==1               # ids 7 and 8
 
 def test_names_are_sorted_and_complete(tmp_path):
     names = ['ulm/u_1','aachen/a_2','aachen/a_1']
     city(tmp_path, 'val', *names)
     (tmp_path/'cityscapes/leftImg8bit/val/ulm/._u_1_leftImg8bit.png').write_bytes(b'x')
-    f = SegFolder(CITYSCAPES, tmp_path, 'val')
+    f = SegDataset(CITYSCAPES, tmp_path, 'val')
     assert f.names==sorted(f'leftImg8bit/val/{n}_leftImg8bit.png' for n in names) and all(f.path(i).is_file() for i in range(3))
 
 def test_links_are_followed_once(tmp_path):
@@ -242,11 +242,11 @@ def test_links_are_followed_once(tmp_path):
     base = tmp_path/'disk/cityscapes/leftImg8bit/train'
     (base/'aachen/again').symlink_to(base, target_is_directory=True)
     (tmp_path/'cityscapes').symlink_to(tmp_path/'disk/cityscapes', target_is_directory=True)
-    assert SegFolder(CITYSCAPES, tmp_path, labels=False).names==['leftImg8bit/train/aachen/a_1_leftImg8bit.png']
+    assert SegDataset(CITYSCAPES, tmp_path, labels=False).names==['leftImg8bit/train/aachen/a_1_leftImg8bit.png']
 
 def test_gtas_mismatched_frames_are_left_out(gta):
     for n in ('15188','20801','20860'): save_image(gta/f'gta/images/{n}.png')      # no labels needed: they are not used
-    assert len(SegFolder(GTA, gta))==3
+    assert len(SegDataset(GTA, gta))==3
 
 def test_a_new_dataset_is_only_data(tmp_path):
     "ZeroWaste (own classes, equal suffixes) and colour-coded labels, without code in the reader"
@@ -254,34 +254,34 @@ def test_a_new_dataset_is_only_data(tmp_path):
     save_label(tmp_path/'zw/train/sem_seg/01.PNG', np.full((40,56), 4, np.uint8), palette=False)
     zw = SegSpec('zerowaste', 'zw', '{split}/data', ('.PNG',), (LabelFiles('{split}/sem_seg', '.PNG', {i:i for i in range(5)}),), space=ZEROWASTE5)
     zw = replace(zw, splits=dict(train='train'))
-    assert np.unique(SegFolder(zw, tmp_path).label(0)).tolist()==[ZEROWASTE5.index('soft plastic')]
+    assert np.unique(SegDataset(zw, tmp_path).label(0)).tolist()==[ZEROWASTE5.index('soft plastic')]
     red = lambda p: np.asarray(Image.open(p))[...,0].astype(int)
     mine = SegSpec('mine', 'zw/train', 'data', ('.PNG',), (LabelFiles('data', '.PNG', {}, tuple(range(256)), read=red),))
-    assert (SegFolder(mine, tmp_path).label(0)==IGNORE).all()
+    assert (SegDataset(mine, tmp_path).label(0)==IGNORE).all()
 
 def test_folders_travel_to_workers(gta):
-    f = pickle.loads(pickle.dumps(SegFolder(GTA, gta)))
-    assert np.array_equal(f.label(1), SegFolder(GTA, gta).label(1))
+    f = pickle.loads(pickle.dumps(SegDataset(GTA, gta)))
+    assert np.array_equal(f.label(1), SegDataset(GTA, gta).label(1))
 
 def test_margins_follow_the_size(tmp_path):
     for split,size,want in (('train',(1024,2048),(30,240,30,30)), ('val',(128,256),(4,30,4,4))):
         city(tmp_path, split, 'a/a_0', size=size, labels=None)
-        assert SegFolder(CITYSCAPES, tmp_path, split, labels=False).margins==want
-    assert SegFolder(replace(CITYSCAPES, margins=None), tmp_path, labels=False).margins is None
+        assert SegDataset(CITYSCAPES, tmp_path, split, labels=False).margins==want
+    assert SegDataset(replace(CITYSCAPES, margins=None), tmp_path, labels=False).margins is None
 
 def test_images_without_labels_are_left_out_where_asked(gta):
     (gta/'gta/labels/00001.png').unlink()
-    f = SegFolder(GTA, gta, skip_broken=True)
-    assert len(f)==2 and f.key(1)=='00002' and list(f.skipped)==['images/00001.png'] and 'no label' in f.skipped['images/00001.png']
-    assert np.array_equal(f.label(1), SegFolder(GTA, gta, skip_broken=True).without({'images/00000.png':'x'}).label(0))
+    f = SegDataset(GTA, gta, skip_broken=True)
+    assert len(f)==2 and f.stem(1)=='00002' and list(f.skipped)==['images/00001.png'] and 'no label' in f.skipped['images/00001.png']
+    assert np.array_equal(f.label(1), SegDataset(GTA, gta, skip_broken=True).exclude({'images/00000.png':'x'}).label(0))
     for p in (gta/'gta/labels').iterdir(): p.unlink()
-    with pytest.raises(ValueError, match='3 of 3 images'): SegFolder(GTA, gta, skip_broken=True)     # never an empty folder in silence
+    with pytest.raises(ValueError, match='3 of 3 images'): SegDataset(GTA, gta, skip_broken=True)     # never an empty folder in silence
 
 def test_a_folder_that_cannot_be_listed(gta, monkeypatch):
     def refuse(p, *a):
         raise PermissionError(13, 'Permission denied', str(p))
     monkeypatch.setattr(os, 'scandir', refuse)
-    with pytest.raises(OSError, match='cannot be listed') as e: SegFolder(GTA, gta)
+    with pytest.raises(OSError, match='cannot be listed') as e: SegDataset(GTA, gta)
     assert 'gta/images' in str(e.value)
 
 def test_splits_of_several_parts(tmp_path):
@@ -289,16 +289,16 @@ def test_splits_of_several_parts(tmp_path):
         save_image(tmp_path/f'zw/{part}/data/01.PNG')
         save_label(tmp_path/f'zw/{part}/sem_seg/01.PNG', np.full((40,56), dict(train=1, val=2, test=3)[part], np.uint8))
     zw = replace(ZEROWASTE_V1, folder='zw')
-    f = SegFolder(zw, tmp_path)
+    f = SegDataset(zw, tmp_path)
     assert f.names==['train/data/01.PNG','val/data/01.PNG','test/data/01.PNG'] and [f.label(i).max() for i in range(3)]==[1,2,3]
-    assert len(SegFolder(zw, tmp_path, 'val'))==1
+    assert len(SegDataset(zw, tmp_path, 'val'))==1
 
 def test_shrink_halves_as_pil_does(tmp_path):
-    spec = replace(GTA, shrink=dict(train=.5), drop=())
+    spec = replace(GTA, split_scale=dict(train=.5), exclude=())
     save_image(tmp_path/'gta/images/1.png', size=(40,57))
     ids = np.random.default_rng(0).choice(PAPER, (40,57)).astype(np.uint8)
     save_label(tmp_path/'gta/labels/1.png', ids)
-    f,whole = SegFolder(spec, tmp_path),SegFolder(GTA, tmp_path)
+    f,whole = SegDataset(spec, tmp_path),SegDataset(GTA, tmp_path)
     assert f.size(0)==(20,28) and f.label(0).shape==(20,28)
     assert np.array_equal(f.image(0), np.asarray(Image.fromarray(whole.image(0)).resize((28,20), Image.BICUBIC)))
     assert np.array_equal(f.label(0, hw=f.size(0)), np.asarray(Image.fromarray(whole.label(0)).resize((28,20), Image.NEAREST)))
@@ -307,11 +307,11 @@ def test_shrink_halves_as_pil_does(tmp_path):
 
 @needs_shared
 def test_town_equals_upstreams_conversion_and_statistics():
-    f = SegFolder(TOWN, '../shared/data')
+    f = SegDataset(TOWN, '../shared/data')
     stats = {Path(s['file']).name:s for s in json.loads((f.root/'sample_class_stats.json').read_text())}
     assert len(f)==700 and f.root==SHARED/'town'
     for i in range(0, 700, 47):
-        lbl,up = f.label(i),f.label_path(i).with_name(f.key(i)+'_labelTrainIds.png')
+        lbl,up = f.label(i),f.label_path(i).with_name(f.stem(i)+'_labelTrainIds.png')
         assert np.array_equal(lbl, np.asarray(Image.open(up))) and f.image(i).shape==(360,480,3)
         s = stats[up.name]
         assert {int(k):v for k,v in s.items() if k!='file'}=={int(k):int(v) for k,v in zip(*np.unique(lbl, return_counts=True)) if k!=IGNORE}
@@ -322,7 +322,7 @@ def test_camvid_in_its_eleven_classes():
     val = vals['camvid']
     assert (len(src),len(tgt),len(val))==(700,367,101) and tgt.labels is None
     for i in range(0, 101, 25):
-        raw,lbl = read_ids(val.label_path(i)),val.label(i)
+        raw,lbl = read_label(val.label_path(i)),val.label(i)
         assert (lbl[raw==255]==255).all()
         for k,t in enumerate(CAMVID11.train_ids): assert np.array_equal(lbl==k, raw==t)
     assert set(np.unique(src.label(1)))<={*range(11),IGNORE}

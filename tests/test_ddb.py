@@ -3,21 +3,21 @@ from dataclasses import replace
 import pytest, torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from udanb.core.types import IGNORE, Out
+from udanb.core.types import IGNORE, SegOutput
 from udanb.core.utils import seed_all
 from udanb.demo.render import toy_pair
 from udanb.models.hrda import HRDA
 from udanb.methods.daformer import dacs
-from udanb.methods.ddb import Distill, Taught, bridge, cut_mask, distill
-from udanb.methods.prototypes import Ensemble, Prototypes, agreement, distances, find_prototypes, load_prototypes, pooled, rectified, save_prototypes, trust
-from udanb.models.segmentor import param_groups, segmentor
+from udanb.methods.ddb import DistillationLoss, EnsembleTargetView, bridge, cutmix_mask, distill
+from udanb.methods.prototypes import Ensemble, Prototypes, class_mean_embeddings, distances, find_prototypes, load_prototypes, prototype_weights, save_prototypes, teacher_agreement, weighted_probs
+from udanb.models.segmentor import create_segmentor, param_groups
 from udanb.training.trainer import Step, Trainer
-from udanb.data.augment import Strong
+from udanb.data.augment import StrongAugmentation
 from udanb.checkpoints.weights import save_weights
 
 src,tgt = toy_pair(2)
 
-def new(seed=0, head='daformer', **kw): seed_all(seed); return segmentor('mit_b0', 19, head, **dict(dim=16) | kw)
+def new(seed=0, head='daformer', **kw): seed_all(seed); return create_segmentor('mit_b0', 19, head, **dict(dim=16) | kw)
 def protos(seed=0, dim=16): return torch.rand(19, dim, generator=torch.Generator().manual_seed(seed))
 
 def run(m, net, tgt=tgt, seed=0, amp=None):
@@ -31,7 +31,7 @@ def run(m, net, tgt=tgt, seed=0, amp=None):
 @pytest.mark.parametrize('size', [(64,128), (33,70), (160,96), (24,20)])
 @pytest.mark.parametrize('area', [.4, .1, .9])
 def test_cut_is_one_rectangle_of_that_area(size, area):
-    seed_all(1); m = cut_mask(torch.zeros(300, *size, dtype=torch.long), area)
+    seed_all(1); m = cutmix_mask(torch.zeros(300, *size, dtype=torch.long), area)
     rows,cols = m.any(2),m.any(1)
     assert m.equal(rows[:,:,None] & cols[:,None])                                    # rows times columns …
     for x in (rows,cols): assert (x[:,1:]!=x[:,:-1]).sum(1).max()<=2 and not (x[:,0] & x[:,-1] & ~x.all(1)).any()      # … each in one piece
@@ -53,7 +53,7 @@ def test_kinds_of_bridges():
                 have = set(lbl[i].unique().tolist())-(set() if parity else {IGNORE})
                 got = {c for c in have if pasted[i][lbl[i]==c].all()}
                 assert len(got)==(len(have)+1)//2 and pasted[i].equal(torch.isin(lbl[i], torch.tensor(sorted(got))))
-    (a,g),(b,h) = run(bridge(net, 'class', strong=Strong()), net),run(dacs(net, strong=Strong()), net)
+    (a,g),(b,h) = run(bridge(net, 'class', strong=StrongAugmentation()), net),run(dacs(net, strong=StrongAugmentation()), net)
     assert a==b and g.equal(h)
     m = bridge(net, area=.25); x = m.passes[1].view(step(m))
     assert abs((x.wgt==1).float().mean()-.25)<.01 and m.teacher.alpha==.99 and m.teacher.rows==(0,0)
@@ -61,7 +61,7 @@ def test_kinds_of_bridges():
 @pytest.mark.parametrize('big,small', [((21,30),(5,7)), ((32,64),(8,16)), ((9,9),(9,9)), ((4,6),(1,1))])
 def test_pooling_equals_the_mean_of_the_enlarged_embedding(big, small):
     seed_all(0); f,lbl = torch.randn(2,3,*small),torch.randint(0, 5, (2,*big)); lbl[torch.rand(lbl.shape)<.2] = IGNORE
-    v,px = pooled(f, lbl, 6)
+    v,px = class_mean_embeddings(f, lbl, 6)
     up = F.interpolate(f, big, mode='bilinear')
     for i in range(2):
         for c in range(6):
@@ -71,10 +71,10 @@ def test_pooling_equals_the_mean_of_the_enlarged_embedding(big, small):
 
 @pytest.mark.parametrize('cap', [None, 3])
 def test_running_mean(cap):
-    seed_all(0); p = Prototypes(3, 4, cap=cap, least=10); votes = {c: [] for c in range(3)}
+    seed_all(0); p = Prototypes(3, 4, cap=cap, min_pixels=10); votes = {c: [] for c in range(3)}
     for _ in range(6):
         z,f,wgt = torch.randn(2,3,4,6),torch.rand(2,4,4,6),(torch.rand(2,8,12)<.9).float()
-        p.add(Out(z, (), f), (8,12), wgt)
+        p.add(SegOutput(z, (), f), (8,12), wgt)
         lbl,up = F.interpolate(z, (8,12), mode='bilinear').argmax(1),F.interpolate(f, (8,12), mode='bilinear').double()
         for i in range(2):
             for c in range(3):
@@ -93,7 +93,7 @@ def test_finding_leaves_the_network_alone_and_ignores_margins():
     assert was==[m.training for m in net.modules()] and all(v.equal(before[k]) for k,v in net.state_dict().items())
     torch.testing.assert_close(p.mean, r.mean, rtol=1e-3, atol=1e-5); assert p.count.equal(r.count)         # the size of the batches means nothing
     assert not p.mean.equal(q.mean)
-    with pytest.raises(ValueError, match='no class fills 9999999 px'): find_prototypes(net, [tgt], least=9999999)
+    with pytest.raises(ValueError, match='no class fills 9999999 px'): find_prototypes(net, [tgt], min_pixels=9999999)
     half.wgt[:] = 0
     with pytest.raises(ValueError, match='no prototype was found'): find_prototypes(net, [half])
 
@@ -114,16 +114,16 @@ def test_distances_equal_cdist(size):
 
 def test_trust():
     f,mean = torch.rand(1,6,4,4),torch.rand(3,6); mean[1] = 0
-    a,b = trust(f, mean, (16,16)),trust(f, mean, (16,16), parity=True)
+    a,b = prototype_weights(f, mean, (16,16)),prototype_weights(f, mean, (16,16), parity=True)
     for w in (a,b): torch.testing.assert_close(w.sum(1), torch.ones(1,16,16))
     assert a[:,1].max()==0<b[:,1].min()                                               # a class that was never found
-    assert trust(f, mean, (16,16), 4).equal(a) and not trust(f, mean, (16,16), 8).equal(a)
-    assert trust(f[:,:,:1,:1], mean, (16,16)).equal(trust(f[:,:,:1,:1], mean, (16,16), 8))      # an embedding at stride 16 is taken at 8
-    z = torch.randn(1,3,4,4); o = Out(z, (), f)
+    assert prototype_weights(f, mean, (16,16), 4).equal(a) and not prototype_weights(f, mean, (16,16), 8).equal(a)
+    assert prototype_weights(f[:,:,:1,:1], mean, (16,16)).equal(prototype_weights(f[:,:,:1,:1], mean, (16,16), 8))      # an embedding at stride 16 is taken at 8
+    z = torch.randn(1,3,4,4); o = SegOutput(z, (), f)
     p = F.interpolate(z, (16,16), mode='bilinear').softmax(1)
-    assert rectified(o, None, (16,16)).equal(p) and rectified(o, torch.ones(3,6), (16,16)).argmax(1).equal(p.argmax(1))    # flat ω
+    assert weighted_probs(o, None, (16,16)).equal(p) and weighted_probs(o, torch.ones(3,6), (16,16)).argmax(1).equal(p.argmax(1))    # flat ω
     one = 100*torch.eye(3,6)
-    assert rectified(Out(z, (), one[2].view(1,6,1,1).expand(1,6,4,4)), one, (16,16)).argmax(1).eq(2).all()           # one-hot ω
+    assert weighted_probs(SegOutput(z, (), one[2].view(1,6,1,1).expand(1,6,4,4)), one, (16,16)).argmax(1).eq(2).all()           # one-hot ω
 
 class Largest(TorchDispatchMode):
     "Elements of the largest tensor that is made inside"
@@ -135,10 +135,10 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize('stride', [None, 1])
 def test_no_large_tensor(stride):
-    o = Out(torch.randn(2,19,16,16), (), torch.rand(2,256,16,16))
-    with torch.no_grad(), Largest() as big: rectified(o, protos(dim=256), (128,128), stride)
+    o = SegOutput(torch.randn(2,19,16,16), (), torch.rand(2,256,16,16))
+    with torch.no_grad(), Largest() as big: weighted_probs(o, protos(dim=256), (128,128), stride)
     assert big.n<=2*32*128**2                                                         # B·D·H·W would be 8 times, B·C·D·H·W 150 times as much
-    with torch.no_grad(), Largest() as big: pooled(o.fused, torch.randint(0, 19, (2,128,128)), 19)
+    with torch.no_grad(), Largest() as big: class_mean_embeddings(o.fused, torch.randint(0, 19, (2,128,128)), 19)
     assert big.n<=2*20*128**2
 
 def test_ensemble_against_a_loop_and_equal_teachers():
@@ -151,24 +151,24 @@ def test_ensemble_against_a_loop_and_equal_teachers():
     torch.testing.assert_close(e(img), g, rtol=1e-3, atol=1e-6)
     same = Ensemble([a,a], [torch.ones(19,16)]*2)                                     # equal teachers, constant ω
     assert same(img).argmax(1).equal(up(oa.logits).argmax(1))
-    assert agreement(same, img)==dict(agree=1., changed=0.)
+    assert teacher_agreement(same, img)==dict(agree=1., changed=0.)
     three = Ensemble([a,b,a])(img)
     torch.testing.assert_close(three, (2*up(oa.logits).softmax(1)+up(ob.logits).softmax(1))/3)
     z = sum(up(o.logits)*(-torch.cdist(up(o.fused).movedim(1,-1), p)).softmax(-1).movedim(-1,1) for o,p in zip((oa,ob), ps))/2
-    torch.testing.assert_close(Ensemble([a,b], ps, parity=True).soft(img, 2.), (z/2).softmax(1), rtol=1e-3, atol=1e-5)       # as released
+    torch.testing.assert_close(Ensemble([a,b], ps, parity=True).soft_targets(img, 2.), (z/2).softmax(1), rtol=1e-3, atol=1e-5)       # as released
 
 @pytest.mark.parametrize('parity', [False, True])
 @pytest.mark.parametrize('T', [1., 3.])
 def test_soft_loss(parity, T):
     net = new().eval(); e = Ensemble([net,net], parity=parity)
-    x = Taught(e, soft=True, T=T)(Step(src, tgt, net)); o = net(tgt.img)
-    assert abs(Distill(True, T=T, parity=parity)(o, x))<1e-6                          # the student is the ensemble
+    x = EnsembleTargetView(e, soft=True, T=T)(Step(src, tgt, net)); o = net(tgt.img)
+    assert abs(DistillationLoss(True, T=T, parity=parity)(o, x))<1e-6                          # the student is the ensemble
     z = torch.randn_like(o.logits); half = replace(x, lbl=x.lbl.clone()); half.lbl[:,:20] = IGNORE
     logq = (F.interpolate(z, (64,128), mode='bilinear')/T).log_softmax(1)
     kl = T**2*(x.prob*(x.prob.log()-logq)).sum(1)
-    torch.testing.assert_close(Distill(True, T=T, parity=parity)(o._replace(logits=z), x), kl.mean())
-    torch.testing.assert_close(Distill(True, T=T, parity=parity)(o._replace(logits=z), half), kl[:,20:].sum()/(kl.numel() if parity else kl[:,20:].numel()))
-    assert Distill(True).w==.1 and Distill().w==1 and Distill(True, .3).w==.3
+    torch.testing.assert_close(DistillationLoss(True, T=T, parity=parity)(o._replace(logits=z), x), kl.mean())
+    torch.testing.assert_close(DistillationLoss(True, T=T, parity=parity)(o._replace(logits=z), half), kl[:,20:].sum()/(kl.numel() if parity else kl[:,20:].numel()))
+    assert DistillationLoss(True).w==.1 and DistillationLoss().w==1 and DistillationLoss(True, .3).w==.3
 
 def test_who_sees_what():
     net = new(); seen = {}
@@ -199,13 +199,13 @@ def test_state_and_device():
 
 def nets():
     yield 'hrda',lambda seed: HRDA(new(seed), crop=32, dim=16)
-    yield 'upernet',lambda seed: (seed_all(seed), segmentor('tf_efficientnet_lite0', 19, 'upernet', ch=16))[1]
+    yield 'upernet',lambda seed: (seed_all(seed), create_segmentor('tf_efficientnet_lite0', 19, 'upernet', ch=16))[1]
     yield 'dlv2_adapter',lambda seed: new(seed, 'dlv2_adapter')
     yield 'segformer',lambda seed: new(seed, 'segformer')
 
 @pytest.mark.parametrize('name,make', list(nets()), ids=lambda v: v if isinstance(v, str) else '')
 def test_other_networks(name, make):
-    net = make(0); logs,g = run(bridge(net, tau=.05, strong=Strong()), net)
+    net = make(0); logs,g = run(bridge(net, tau=.05, strong=StrongAugmentation()), net)
     assert logs['mixed/ce']>0 and g.isfinite().all()
     protos = [find_prototypes(t, [tgt]).mean for t in (make(1),make(2))]
     for soft in (False,True):
@@ -237,7 +237,7 @@ def test_files_of_teachers(tmp_path):
 
 def test_a_resumed_run_is_the_same_run(tmp_path):
     def go(out, steps, stop=None, k=1):
-        net = new(); m = distill(net, [new(1),new(2)], [protos(0),k*protos(1)], strong=Strong())
+        net = new(); m = distill(net, [new(1),new(2)], [protos(0),k*protos(1)], strong=StrongAugmentation())
         t = Trainer(net, m, param_groups(net, lr=1e-3), lambda start: ((src,tgt) for _ in range(start, stop or steps)), steps, out, quiet=True)
         t.fit(); t.save()
         return t
@@ -251,7 +251,7 @@ def test_a_resumed_run_is_the_same_run(tmp_path):
 @pytest.mark.parametrize('kind', ['cut','class'])
 def test_a_resumed_bridge_is_the_same_run(tmp_path, kind):
     def go(out, stop=4):
-        net = new(); m = bridge(net, kind, tau=.05, strong=Strong())
+        net = new(); m = bridge(net, kind, tau=.05, strong=StrongAugmentation())
         t = Trainer(net, m, param_groups(net, lr=1e-3), lambda start: ((src,tgt) for _ in range(start, stop)), 4, out, quiet=True)
         t.fit(); t.save()
         return t

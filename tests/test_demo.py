@@ -5,7 +5,7 @@ from PIL import Image
 from hypothesis import given, settings, strategies as st
 
 from udanb.demo import render as demo
-from udanb.demo.render import scene, toy_pair, write_demo
+from udanb.demo.render import render_scene, toy_pair, write_demo
 from udanb.core.labels import CITYSCAPES19, CITYSCAPES_IDS, CITYSCAPES_VOID
 
 TINY = dict(n_source=3, n_target=2, n_val=2, size=(32,64), quiet=True)
@@ -14,27 +14,27 @@ tree = lambda root: {str(p.relative_to(root)): p.read_bytes() for p in sorted(ro
 
 @pytest.mark.parametrize('hashseed', ['1','2'])
 def test_same_pixels_in_another_process(hashseed):
-    code = ("import hashlib; from udanb.demo.render import scene\n"
-            "print(hashlib.sha256(b''.join(a.tobytes() for d in ('source','target') for a in scene(0,d,(64,128)))).hexdigest())")
+    code = ("import hashlib; from udanb.demo.render import render_scene\n"
+            "print(hashlib.sha256(b''.join(a.tobytes() for d in ('source','target') for a in render_scene(0,d,(64,128)))).hexdigest())")
     env = os.environ|dict(PYTHONHASHSEED=hashseed, OMP_NUM_THREADS='1')
     out = subprocess.run([sys.executable, '-c', code], env=env, text=True, capture_output=True, check=True)
-    assert out.stdout.strip()==digest(*(a for d in ('source','target') for a in scene(0,d,(64,128))))
+    assert out.stdout.strip()==digest(*(a for d in ('source','target') for a in render_scene(0,d,(64,128))))
 
 def test_global_generators_do_not_matter():
-    np.random.seed(0); a = scene(5, 'target', (32,64))
-    np.random.seed(1); scene(9); b = scene(5, 'target', (32,64))
+    np.random.seed(0); a = render_scene(5, 'target', (32,64))
+    np.random.seed(1); render_scene(9); b = render_scene(5, 'target', (32,64))
     assert digest(*a)==digest(*b)
 
 @given(seed=st.integers(0, 10**9), h=st.sampled_from([32,48,65]), aspect=st.sampled_from([1.,1.5,2.,2.3]), domain=st.sampled_from(['source','target']))
 @settings(max_examples=12, deadline=None)
 def test_any_seed_and_size(seed, h, aspect, domain):
     size = h,int(h*aspect)
-    img,lbl = scene(seed, domain, size)
+    img,lbl = render_scene(seed, domain, size)
     assert img.shape==(*size,3) and lbl.shape==size and img.dtype==lbl.dtype==np.uint8
     assert lbl.max()<19 and img.std()>5 and (lbl==0).any()
 
 def test_every_class_occurs_and_some_are_rare():
-    n = np.stack([np.bincount(scene(i, size=(64,128))[1].ravel(), minlength=19) for i in range(64)])
+    n = np.stack([np.bincount(render_scene(i, size=(64,128))[1].ravel(), minlength=19) for i in range(64)])
     there = [c for i,c in enumerate(CITYSCAPES19.classes) if n[:,i].any()]
     assert there==['road','sidewalk','building','fence','pole','traffic light','traffic sign','vegetation','terrain','sky','person','rider','car','bicycle']
     share = n.sum(0)/n.sum()
@@ -43,9 +43,9 @@ def test_every_class_occurs_and_some_are_rare():
 
 def test_domains_share_geometry_and_differ_in_looks():
     for i in range(4):
-        (a,x),(b,y) = scene(i, size=(64,128)),scene(i, 'target', (64,128))
+        (a,x),(b,y) = render_scene(i, size=(64,128)),render_scene(i, 'target', (64,128))
         assert (x==y).all() and np.abs(a.astype(int)-b).mean()>10
-    sat = lambda domain: np.mean([np.ptp(scene(i, domain, (64,128))[0].astype(int), axis=-1).mean() for i in range(12)])
+    sat = lambda domain: np.mean([np.ptp(render_scene(i, domain, (64,128))[0].astype(int), axis=-1).mean() for i in range(12)])
     assert sat('source')>1.3*sat('target')                          # the misty world has less colour
 
 def test_layouts(tmp_path):
@@ -64,7 +64,7 @@ def test_layouts(tmp_path):
 
 def test_labels_on_disk_are_the_scene_s(tmp_path):
     write_demo(tmp_path, **TINY|dict(seed=3))
-    img,lbl = scene(3_000_000, 'source', (32,64))
+    img,lbl = render_scene(3_000_000, 'source', (32,64))
     ids = np.array(Image.open(tmp_path/'gta/labels/00001.png'))
     assert (np.array(Image.open(tmp_path/'gta/images/00001.png'))==img).all()
     assert [CITYSCAPES_IDS[i] for i in ids.ravel()]==lbl.ravel().tolist()
@@ -78,7 +78,7 @@ def test_second_call_draws_nothing(tmp_path, monkeypatch):
     write_demo(tmp_path, **TINY)
     old = {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*.png')}
     drawn = []
-    monkeypatch.setattr(demo, 'scene', lambda k,d,size: drawn.append(size) or scene(k,d,size))
+    monkeypatch.setattr(demo, 'render_scene', lambda k,d,size: drawn.append(size) or render_scene(k,d,size))
     write_demo(tmp_path, **TINY)                                    # two small scenes for the fingerprint, and that is all
     assert len(drawn)==2 and old=={p: p.stat().st_mtime_ns for p in tmp_path.rglob('*.png')}
 
@@ -112,7 +112,7 @@ def test_changed_drawing_rewrites(tmp_path, monkeypatch):
     "An update of the drawing code reaches people who have the demo already"
     write_demo(tmp_path, **TINY)
     old = tree(tmp_path)
-    monkeypatch.setitem(demo.DIAL, 'target', (.9,1.))
+    monkeypatch.setitem(demo.DOMAIN_RANGE, 'target', (.9,1.))
     write_demo(tmp_path, **TINY)
     new = tree(tmp_path)
     assert new.keys()==old.keys() and all(new[k]!=old[k] for k in new if 'leftImg8bit' in k)
@@ -150,4 +150,4 @@ def test_toy_pair():
     assert src.img.equal(again.img) and not src.img.equal(other.img)
 
 def test_unknown_domain_names_the_nearest():
-    with pytest.raises(ValueError, match="'targte'; did you mean 'target'"): scene(0, 'targte')
+    with pytest.raises(ValueError, match="'targte'; did you mean 'target'"): render_scene(0, 'targte')

@@ -6,14 +6,14 @@ from conftest import ROOT
 from udanb.core.types import normalize
 from udanb.core.utils import seed_all
 from udanb.core.storage import write_json
-from udanb.demo.render import scene, write_demo
+from udanb.demo.render import render_scene, write_demo
 from udanb.models.hrda import HRDA
-from udanb.inference.predict import predict, slide
+from udanb.inference.predict import predict, sliding_logits
 from udanb.core.labels import CAMVID11, CITYSCAPES19
 from udanb.core.plots import overlay
-from udanb.runs.recipe import identity
+from udanb.runs.recipe import recipe_dict
 from udanb.runs.presets import make_recipe
-from udanb.models.segmentor import segmentor
+from udanb.models.segmentor import create_segmentor
 from udanb.models.released import to_published
 from udanb.checkpoints.weights import save_weights
 
@@ -35,14 +35,14 @@ def world(tmp_path_factory):
     "A run's folder with an untrained network, a released file of the same network, and photos of three sizes, one in a folder below"
     root = tmp_path_factory.mktemp('world')
     seed_all(0)
-    r,net = make_recipe('dacs', 'demo', over=dict(backbone='mit_b0', weights=None, dim=16, fit=(64,128))),segmentor('mit_b0', 19, dim=16)
-    write_json(root/'demo-run'/'recipe.json', identity(r))
-    save_weights(root/'demo-run'/'model.safetensors', net, dict(recipe=identity(r), classes=CITYSCAPES19.classes))
+    r,net = make_recipe('dacs', 'demo', over=dict(backbone='mit_b0', weights=None, dim=16, fit=(64,128))),create_segmentor('mit_b0', 19, dim=16)
+    write_json(root/'demo-run'/'recipe.json', recipe_dict(r))
+    save_weights(root/'demo-run'/'model.safetensors', net, dict(recipe=recipe_dict(r), classes=CITYSCAPES19.classes))
     both = {f'{p}.{k}': v*f for p,f in (('model',1),('ema_model',.5)) for k,v in to_published(net).items()}
     torch.save(dict(meta={}, optimizer={}, state_dict=both), root/'daformer.pth')
     (root/'photos'/'sub').mkdir(parents=True)
     for i,(f,size) in enumerate((('a.png',(64,128)), ('b.jpg',(90,70)), ('sub/a.png',(48,160)))):
-        Image.fromarray(scene(i, 'target', size)[0]).save(root/'photos'/f)
+        Image.fromarray(render_scene(i, 'target', size)[0]).save(root/'photos'/f)
     return root
 
 def test_from_the_shell_with_nothing_given(tmp_path):
@@ -82,12 +82,12 @@ def test_a_released_file_is_the_same_network(world, tmp_path):
     assert got['pth']['size']==(64,128) and got['pth']['net'].backbone.name=='mit_b0'
 
 def test_hrda_slides(world, tmp_path):
-    "A released HRDA is recognised, its attention too; windows are those of `infer.slide`"
+    "A released HRDA is recognised, its attention too; windows are those of `infer.sliding_logits`"
     seed_all(1)
-    net = HRDA(segmentor('mit_b0', 19, dim=16), dim=16).eval()
+    net = HRDA(create_segmentor('mit_b0', 19, dim=16), dim=16).eval()
     torch.save(dict(state_dict={f'model.{k}': v for k,v in to_published(net).items()}), tmp_path/'hrda.pth')
     got = notebook(images=str(world/'photos'/'a.png'), weights=str(tmp_path/'hrda.pth'), size=[64,128], crop=64, out=str(tmp_path/'out'))
-    with torch.no_grad(): want = slide(net, normalize(np.array(Image.open(world/'photos'/'a.png')))[None], 64)[0].argmax(0).numpy()
+    with torch.no_grad(): want = sliding_logits(net, normalize(np.array(Image.open(world/'photos'/'a.png')))[None], 64)[0].argmax(0).numpy()
     assert isinstance(got['net'], HRDA) and (np.array(Image.open(tmp_path/'out'/'label'/'a.png'))==want).all()
 
 def test_no_images_means_the_runs_own(world, tmp_path):
@@ -97,9 +97,9 @@ def test_no_images_means_the_runs_own(world, tmp_path):
 
 def test_train_ids(world, tmp_path):
     "A network of CamVid's eleven classes: labels are written as Cityscapes train ids"
-    r,net = make_recipe('dacs', 'town', over=dict(backbone='mit_b0', weights=None, dim=16, fit=(64,128))),segmentor('mit_b0', 11, dim=16)
-    write_json(tmp_path/'town'/'recipe.json', identity(r))
-    save_weights(tmp_path/'town'/'model.safetensors', net, dict(recipe=identity(r), classes=CAMVID11.classes))
+    r,net = make_recipe('dacs', 'town', over=dict(backbone='mit_b0', weights=None, dim=16, fit=(64,128))),create_segmentor('mit_b0', 11, dim=16)
+    write_json(tmp_path/'town'/'recipe.json', recipe_dict(r))
+    save_weights(tmp_path/'town'/'model.safetensors', net, dict(recipe=recipe_dict(r), classes=CAMVID11.classes))
     got = notebook(images=str(world/'photos'/'a.png'), weights=str(tmp_path/'town'), out=str(tmp_path/'out'))
     lbl = predict(got['net'], normalize(np.array(Image.open(world/'photos'/'a.png')))[None])[0].argmax(0).numpy()
     assert (np.array(Image.open(tmp_path/'out'/'label'/'a.png'))==np.array(CAMVID11.train_ids)[lbl]).all() and got['space']==CAMVID11
@@ -126,7 +126,7 @@ def test_bad_input_is_named(world, tmp_path, monkeypatch):
     fails(ValueError, 'there is no cu in it; it holds student, teacher', weights=str(world/'daformer.pth'), which='cu')
     fails(ValueError, "(?s)daformer.pth does not fit.*segmentor.'mit_b0'", weights=str(world/'daformer.pth'), backbone='mit_b1')
     fails(ValueError, "did you mean 'weights'", weigths=run)
-    torch.save(dict(state_dict=to_published(segmentor('mit_b0', 7, dim=16))), tmp_path/'seven.pth')
+    torch.save(dict(state_dict=to_published(create_segmentor('mit_b0', 7, dim=16))), tmp_path/'seven.pth')
     fails(ValueError, 'tells 7 classes apart, and no label space of ours is theirs; give `space`', weights=str(tmp_path/'seven.pth'))
     assert not (tmp_path/'out').exists()
     monkeypatch.setattr('udanb.core.utils.project_root', lambda start=None: tmp_path)

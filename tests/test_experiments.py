@@ -4,8 +4,8 @@ import pandas as pd, pytest, yaml
 from conftest import ROOT
 from udanb.core.storage import read_json, write_json
 from udanb.demo.render import write_demo
-from udanb.runs.grid import RUN, grid, last_error, results, run_grid, show_grid, start, summary
-from udanb.runs.recipe import identity
+from udanb.runs.grid import NOTEBOOK_PARAMETERS, last_error_line, make_grid, results_table, run_grid, seed_summary, show_grid, start_run
+from udanb.runs.recipe import recipe_dict
 
 ENV = os.environ | dict(OMP_NUM_THREADS='1', NO_ALBUMENTATIONS_UPDATE='1', IN_TEST='1')
 SMALL = dict(backbone='mit_b0', weights=None, dim=16, batch=2, crop=(64,64), rcs_px=8, steps=2)
@@ -29,10 +29,10 @@ def notebook(path):
 SCRIPT = '''
 import sys
 from udanb.core.types import write_json
-from udanb.runs.grid import RUN, grid, run_grid
-from udanb.runs.recipe import identity
-jobs = grid(sys.argv[1], ['source_only','dacs'], [0,1], [['demo',None]], dict(backbone='mit_b0', weights=None, steps=30))
-for j in jobs: write_json(j.out/'recipe.json', identity(j.recipe))
+from udanb.runs.grid import NOTEBOOK_PARAMETERS, make_grid, run_grid
+from udanb.runs.recipe import recipe_dict
+jobs = make_grid(sys.argv[1], ['source_only','dacs'], [0,1], [['demo',None]], dict(backbone='mit_b0', weights=None, steps=30))
+for j in jobs: write_json(j.out/'recipe.json', recipe_dict(j.recipe))
 run_grid(jobs, 1, sys.argv[2], every=.1).to_csv(sys.argv[1]+'/table.csv')
 '''
 def wait_for(what, seconds=120):
@@ -45,25 +45,25 @@ def test_killed_grid_is_taken_up_again(tmp_path):
     "The grid is killed while its second run goes on; the next one waits for that run, starts nothing twice, and one failure stops nobody"
     nb,out = notebook(tmp_path/'fake.ipynb'),tmp_path/'grid'
     go = lambda: subprocess.Popen([sys.executable, '-c', SCRIPT, str(out), str(nb)], env=ENV, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    jobs = grid(out, ['source_only','dacs'], [0,1], [['demo',None]], dict(backbone='mit_b0', weights=None, steps=30))
+    jobs = make_grid(out, ['source_only','dacs'], [0,1], [['demo',None]], dict(backbone='mit_b0', weights=None, steps=30))
     second,p = jobs[1],go()
     wait_for(lambda: p.poll() is not None or second.steps()>=3)
     p.send_signal(signal.SIGKILL); p.wait()
-    assert list(results(jobs).state)==['finished','waiting','waiting','waiting']
-    assert start(second, nb) is None                                  # its process is alive and holds the lock
+    assert list(results_table(jobs).state)==['finished','waiting','waiting','waiting']
+    assert start_run(second, nb) is None                                  # its process is alive and holds the lock
     p = go(); err = p.communicate(timeout=240)[1]
     assert p.returncode==0, err
-    table = results(jobs)
+    table = results_table(jobs)
     assert list(table.state)==['finished','finished','failed','failed'] and list(table.error[2:])==['RuntimeError: it broke']*2
     assert [(j.out/'starts').read_text().count('\n') for j in jobs]==[1,1,1,1] and second.steps()==30
     assert '2/4 runs, 2 failed' in err and '<' in err                 # the bar, with its ETA
-    s = summary(table)
+    s = seed_summary(table)
     assert list(s.index)==[('demo→demo','source_only')] and s.miou.iloc[0]=='30.5 ± 0.7' and show_grid(table).axes[0].get_title()=='demo→demo'
 
 def test_killed_child_is_reported_and_tried_again(tmp_path):
     nb = notebook(tmp_path/'fake.ipynb')
-    jobs = grid(tmp_path/'g', ['source_only'], [1], [['demo',None]], dict(backbone='mit_b0', weights=None, steps=30))
-    write_json(jobs[0].out/'recipe.json', identity(jobs[0].recipe))
+    jobs = make_grid(tmp_path/'g', ['source_only'], [1], [['demo',None]], dict(backbone='mit_b0', weights=None, steps=30))
+    write_json(jobs[0].out/'recipe.json', recipe_dict(jobs[0].recipe))
     def kill():
         wait_for(lambda: jobs[0].steps()>=2)
         kernel = int((jobs[0].out/'starts').read_text().split()[0])
@@ -75,29 +75,29 @@ def test_killed_child_is_reported_and_tried_again(tmp_path):
     assert run_grid(jobs, 1, nb, every=.1, quiet=True).state[0]=='finished' and not jobs[0].file('failed').exists()
 
 def test_grid_from_files_and_refusals(tmp_path):
-    jobs = grid(tmp_path, params=['params/town_dacs.yaml','params/town_daformer_T01.yaml'], seeds=[0,1], over=dict(steps=7))
+    jobs = make_grid(tmp_path, params=['params/town_dacs.yaml','params/town_daformer_T01.yaml'], seeds=[0,1], over=dict(steps=7))
     assert [j.label for j in jobs]==['town_dacs']*2+['town_daformer_T01']*2 and jobs[2].recipe.rcs_T==.1 and {j.recipe.steps for j in jobs}=={7}
     assert len({j.name for j in jobs})==4 and not jobs[0].recipe.before
-    assert grid(tmp_path, params=['params/town_dacs.yaml'], data_root='elsewhere')[0].params['data_root']=='elsewhere'
-    both = grid(tmp_path, ['dacs'], [0], [[['gta','synscapes'],'cityscapes'], ['demo',None]])
+    assert make_grid(tmp_path, params=['params/town_dacs.yaml'], data_root='elsewhere')[0].params['data_root']=='elsewhere'
+    both = make_grid(tmp_path, ['dacs'], [0], [[['gta','synscapes'],'cityscapes'], ['demo',None]])
     assert [j.pair for j in both]==['gta+synscapes→cityscapes','demo→demo']
     for bad,said in ((dict(recipes=['dasc'], pairs=[['demo',None]]), "did you mean 'dacs'"), (dict(recipes=['dacs'], pairs=[['dmeo',None]]), 'demo'),
                      (dict(recipes=['dacs']), 'empty'),
                      (dict(recipes=['dacs'], pairs=[['demo',None]], over=dict(stpes=3)), "did you mean 'steps'"),
                      (dict(recipes=['dacs','dacs'], pairs=[['demo',None]]), 'more than once')):
-        with pytest.raises(ValueError, match=said): grid(tmp_path, **bad)
+        with pytest.raises(ValueError, match=said): make_grid(tmp_path, **bad)
 
 def test_another_recipe_in_the_folder_is_not_taken_for_this_one(tmp_path):
-    j, = grid(tmp_path, ['dacs'], [0], [['demo',None]])
-    write_json(j.out/'metrics.json', {}); write_json(j.out/'recipe.json', identity(j.recipe) | dict(lr=1.))
+    j, = make_grid(tmp_path, ['dacs'], [0], [['demo',None]])
+    write_json(j.out/'metrics.json', {}); write_json(j.out/'recipe.json', recipe_dict(j.recipe) | dict(lr=1.))
     assert not j.done()
-    write_json(j.out/'recipe.json', identity(j.recipe))
+    write_json(j.out/'recipe.json', recipe_dict(j.recipe))
     assert j.done()
 
 def test_last_error_of_several():
     text = 'KeyError: 1\n\nDuring handling of the above exception, another exception occurred:\n\nudanb.x.MyError: two\nmore words\n'
-    assert last_error(text, 1)=='udanb.x.MyError: two' and last_error(text, -15)=='killed by signal 15'
-    assert last_error('a: b\nKeyboardInterrupt\n', 1)=='KeyboardInterrupt'
+    assert last_error_line(text, 1)=='udanb.x.MyError: two' and last_error_line(text, -15)=='killed by signal 15'
+    assert last_error_line('a: b\nKeyboardInterrupt\n', 1)=='KeyboardInterrupt'
 
 def test_notebook_with_a_run_that_fails(tmp_path):
     "Two real runs through the real notebooks: one has no data, the other ends; then the same command trains nothing again"
@@ -113,10 +113,10 @@ def test_notebook_with_a_run_that_fails(tmp_path):
     m = read_json(tmp_path/'grid'/t.run[1]/'metrics.json')
     assert t.miou[1]==pytest.approx(m['miou']['student']) and m['steps']==2
     assert (tmp_path/'grid'/f'{t.run[1]}.ipynb').exists() and (tmp_path/'grid'/'grid.png').exists()
-    done = grid(tmp_path/'grid', ['source_only'], [0], [['demo',None]], SMALL)
+    done = make_grid(tmp_path/'grid', ['source_only'], [0], [['demo',None]], SMALL)
     assert done[0].done() and run_grid(done, quiet=True).state[0]=='finished'                # found by its metrics.json, in no time
 
 def test_run_names_the_parameters_of_the_notebook():
     "A params file that train_uda accepts is accepted by a grid, and the other way round"
     cell = next(c for c in json.loads((ROOT/'nbs'/'train_uda.ipynb').read_text())['cells'] if 'parameters' in c['metadata'].get('tags', []))
-    assert {t.id for n in ast.parse(''.join(cell['source'])).body for t in n.targets}==set(RUN)
+    assert {t.id for n in ast.parse(''.join(cell['source'])).body for t in n.targets}==set(NOTEBOOK_PARAMETERS)

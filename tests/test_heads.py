@@ -8,12 +8,12 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parent))
 import contract as c
 from udanb.models import heads
-from udanb.core.types import Out, Sample
+from udanb.core.types import Sample, SegOutput
 from udanb.core.utils import seed_all
-from udanb.models.heads import HEADS, DAFormerHead, DLV2AdapterHead, LastFCNHead, SegFormerHead, UPerHead
-from udanb.models.segmentor import On
-from udanb.models.layers import dilated
-from udanb.training.losses import CE
+from udanb.models.heads import HEADS, DAFormerHead, DLV2AdapterHead, FCNHead, SegFormerHead, UPerHead
+from udanb.models.segmentor import AuxiliaryLoss
+from udanb.models.layers import dilated_depthwise_conv
+from udanb.training.losses import WeightedCrossEntropy
 
 CHANNELS = {'MiT-like':(4,6,10,16), 'CNN-like':(3,5,7,9), 'ViT-like':(8,8,8,8)}
 LAST = {'fcn','dlv2','dlv2_adapter'}                                            # heads that look at the last map only
@@ -30,7 +30,7 @@ every = pytest.mark.parametrize('name', HEADS)
 def test_shapes_and_gradients(name, channels, grids):
     level,used = (3,[3]) if name in LAST else (0,[0,1,2,3])
     c.check_shapes_and_gradients(HEADS[name], CHANNELS[channels], grids, level, used)
-    assert HEADS[name]((4,6,10,16), 5, dim=8).level==level
+    assert HEADS[name]((4,6,10,16), 5, dim=8).output_level==level
 
 @every
 def test_single_image(name): c.check_single_image(HEADS[name], (4,6,10,16), c.GRIDS[1])
@@ -94,7 +94,7 @@ def test_float32_gradients_with_a_smooth_activation(monkeypatch):
 
 def test_the_quick_way_is_taken_on_a_cpu_in_float32_only(monkeypatch):
     calls = []
-    monkeypatch.setattr(heads, 'dilated', lambda *a: calls.append(a) or dilated(*a))
+    monkeypatch.setattr(heads, 'dilated_depthwise_conv', lambda *a: calls.append(a) or dilated_depthwise_conv(*a))
     head,fs = c.made(HEADS['daformer'], (4,6,10,16)),c.maps((4,6,10,16), c.GRIDS[0])
     head(fs)
     assert len(calls)==3*4
@@ -112,7 +112,7 @@ def test_dilated_convolution(size, d, channels_last):
     seed_all(0)
     fmt = torch.channels_last if channels_last else torch.contiguous_format
     x,w,g = torch.randn(2,6,*size).contiguous(memory_format=fmt).requires_grad_(),torch.randn(6,1,3,3, requires_grad=True),torch.randn(2,6,*size)
-    a,b = dilated(x, w, d),F.conv2d(x, w, padding=d, dilation=d, groups=6)
+    a,b = dilated_depthwise_conv(x, w, d),F.conv2d(x, w, padding=d, dilation=d, groups=6)
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     for x_,y_ in zip(torch.autograd.grad(a, (x,w), g), torch.autograd.grad(b, (x,w), g)): assert (x_-y_).norm()<1e-5*y_.norm()
 
@@ -154,7 +154,7 @@ def test_fcn_head_equals_hugging_faces():
     seed_all(0)
     cfg = UperNetConfig(backbone_config=ConvNextConfig(), num_labels=5, auxiliary_channels=8, auxiliary_num_convs=2, auxiliary_concat_input=True)
     ref = hf.UperNetFCNHead(cfg, (4,6,10,16), in_index=3).eval()
-    ours = LastFCNHead((4,6,10,16), 5, ch=8).eval()
+    ours = FCNHead((4,6,10,16), 5, ch=8).eval()
     ours.load_state_dict({k.replace('batch_norm', 'bn').replace('classifier', 'conv_seg'): v for k,v in ref.state_dict().items()})
     fs = c.maps((4,6,10,16), c.GRIDS[1])
     torch.testing.assert_close(ours(fs)[0], ref(fs), rtol=1e-5, atol=1e-6)
@@ -162,7 +162,7 @@ def test_fcn_head_equals_hugging_faces():
 def test_fcn_head_equals_a_literal_reading():
     "Forward and gradients in training mode, with its three BatchNorms written out"
     seed_all(0)
-    head,x = LastFCNHead((1,1,1,7), 5, ch=6, dropout=0.).double(),torch.randn(2,7,4,5, dtype=torch.double, requires_grad=True)
+    head,x = FCNHead((1,1,1,7), 5, ch=6, dropout=0.).double(),torch.randn(2,7,4,5, dtype=torch.double, requires_grad=True)
     def layer(x, m): return F.batch_norm(F.conv2d(x, m.conv.weight, padding=1), None, None, m.bn.weight, m.bn.bias, True).relu()
     y = layer(layer(x, head.convs[0]), head.convs[1])
     fused = layer(torch.cat([x, y], 1), head.conv_cat)
@@ -198,10 +198,10 @@ def test_published_sizes():
 
 def test_auxiliary_loss_reaches_its_head_only_through_the_third_map():
     head,fs = c.made(UPerHead, (4,6,10,16)),c.maps((4,6,10,16), c.GRIDS[0])
-    out = Out(*(lambda l,f,a: (l,fs,f,a))(*head(fs)))
+    out = SegOutput(*(lambda l,f,a: (l,fs,f,a))(*head(fs)))
     x = Sample(torch.zeros(2,3,64,96), torch.randint(0,5,(2,64,96)))
-    loss = On('fcn', CE())(out, x)
-    assert loss.item()==pytest.approx(CE()(Out(out.aux['fcn']), x).item()) and On('fcn', CE()).w==.4
+    loss = AuxiliaryLoss('fcn', WeightedCrossEntropy())(out, x)
+    assert loss.item()==pytest.approx(WeightedCrossEntropy()(SegOutput(out.aux['fcn']), x).item()) and AuxiliaryLoss('fcn', WeightedCrossEntropy()).w==.4
     loss.backward()
     assert [f.grad is not None for f in fs]==[False,False,True,False]
     assert all((p.grad is not None)==k.startswith('aux.') for k,p in head.named_parameters())

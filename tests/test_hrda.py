@@ -3,21 +3,21 @@ import copy
 import pytest, torch
 from torch import nn
 from torch.nn import functional as F
-from udanb.models.backbones import backbone
+from udanb.models.backbones import create_backbone
 from udanb.core.types import Sample
 from udanb.core.utils import seed_all
 from udanb.models.heads import DAFormerHead, DLV2Head
-from udanb.models.hrda import HRDA, OnContext, OnDetail, detail_windows, random_boxes
-from udanb.inference.predict import windows
-from udanb.training.losses import CE, FeatureDistance
-from udanb.models.segmentor import Segmentor, param_groups, segmentor
+from udanb.models.hrda import HRDA, ContextLoss, DetailLoss, detail_windows, random_boxes
+from udanb.inference.predict import sliding_windows
+from udanb.training.losses import FeatureDistance, WeightedCrossEntropy
+from udanb.models.segmentor import Segmentor, create_segmentor, param_groups
 from udanb.training.teacher import EMATeacher
 from udanb.training.trainer import Method, Pass, Trainer
-from udanb.training.views import source
+from udanb.training.views import source_view
 
 def net(head='daformer', n=5, seed=0):
     seed_all(seed)
-    s = segmentor('mit_b0', n, head, dim=8, drop_path=0.)
+    s = create_segmentor('mit_b0', n, head, dim=8, drop_path=0.)
     for m in s.modules():
         if isinstance(m, nn.Dropout2d): m.p = 0.
     return s
@@ -67,7 +67,7 @@ def test_sliding_equals_a_literal_reading(size):
         out,low = h(img),h.net(F.interpolate(pad, (H//2,W//2), mode='bilinear'))
         a = F.interpolate(h.scale_attention(low.feats)[0], low.logits.shape[-2:]).sigmoid()
         total,count = torch.zeros(2,5,H//4,W//4),torch.zeros(H//4,W//4)
-        for y,x in windows((H,W), (ch,cw), tuple(c//2//8*8 for c in (ch,cw))):
+        for y,x in sliding_windows((H,W), (ch,cw), tuple(c//2//8*8 for c in (ch,cw))):
             total[:,:,y//4:(y+ch)//4,x//4:(x+cw)//4] += h.net(pad[:,:,y:y+ch,x:x+cw]).logits
             count[y//4:(y+ch)//4,x//4:(x+cw)//4] += 1
     assert count.min()>=1
@@ -77,7 +77,7 @@ def test_sliding_equals_a_literal_reading(size):
 
 def test_windows_are_those_of_infer():
     for size in ((1024,1024), (1024,2048), (512,512), (520,1000)):
-        assert [(a,l) for a,_,l,_ in detail_windows(size, (512,512)).tolist()]==windows(size, 512, 256)
+        assert [(a,l) for a,_,l,_ in detail_windows(size, (512,512)).tolist()]==sliding_windows(size, 512, 256)
     assert len(detail_windows((1024,1024), (512,512)))==9 and len(detail_windows((1024,2048), (512,512)))==21
 
 def test_offsets():
@@ -110,8 +110,8 @@ def test_losses_and_gradients():
     out = h(img)
     want = torch.stack([(F.cross_entropy(F.interpolate(out.aux['detail'][i:i+1], scale_factor=4, mode='bilinear'), lbl[i:i+1,t:b,l:r],
                                          reduction='none')*x.wgt[i:i+1,t:b,l:r]).mean() for i,(t,b,l,r) in enumerate(out.aux['box'].tolist())]).mean()
-    torch.testing.assert_close(OnDetail(CE())(out, x), want)
-    (.9*CE()(out, x)+.1*OnDetail(CE())(out, x)).backward()
+    torch.testing.assert_close(DetailLoss(WeightedCrossEntropy())(out, x), want)
+    (.9*WeightedCrossEntropy()(out, x)+.1*DetailLoss(WeightedCrossEntropy())(out, x)).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in h.parameters())
     assert any(p.grad.any() for p in h.scale_attention.embed_layers.parameters())
 
@@ -119,9 +119,9 @@ def test_feature_distance_on_the_context():
     h = hrda()
     lbl = torch.zeros(1,128,128, dtype=torch.long)
     x = Sample(torch.randn(1,3,128,128), lbl)
-    fd = OnContext(FeatureDistance(copy.deepcopy(h.backbone), (0,), 5))
+    fd = ContextLoss(FeatureDistance(copy.deepcopy(h.backbone), (0,), 5))
     assert fd(h.eval()(x.img), x).item()<1e-4 and (fd.name,fd.w)==('fd',.005)           # the same encoder, in the same mode
-    assert OnContext(FeatureDistance(backbone('mit_b0'), (0,), 5))(h(x.img), x)>.1
+    assert ContextLoss(FeatureDistance(create_backbone('mit_b0'), (0,), 5))(h(x.img), x)>.1
 
 def test_groups_and_state_are_whole_and_there_is_no_state_beside_them():
     h = hrda()
@@ -138,14 +138,14 @@ def test_groups_and_state_are_whole_and_there_is_no_state_beside_them():
 
 def test_deeplab_at_stride_8():
     seed_all(0)
-    h = HRDA(Segmentor(backbone('mit_b0'), DLV2Head((32,64,160,256), 5)), crop=64, dim=8)
+    h = HRDA(Segmentor(create_backbone('mit_b0'), DLV2Head((32,64,160,256), 5)), crop=64, dim=8)
     with pytest.raises(ValueError, match='is cell=4 the stride'): h(torch.randn(1,3,128,128))
 
     class AtStride8(nn.Module):
         n_classes,ch = 5,256
         def __init__(self): super().__init__(); self.head = DAFormerHead((64,160,256), 5, dim=8)
         def forward(self, feats): return self.head(feats[1:])
-    h = HRDA(Segmentor(backbone('mit_b0'), AtStride8()), crop=64, cell=8, dim=8)
+    h = HRDA(Segmentor(create_backbone('mit_b0'), AtStride8()), crop=64, cell=8, dim=8)
     out = h(torch.randn(2,3,128,160))
     assert out.logits.shape==(2,5,16,20) and out.aux['detail'].shape==(2,5,8,8) and not (out.aux['box']%16).any()
     assert h.eval()(torch.randn(1,3,100,140)).logits.shape==(1,5,13,18)
@@ -154,7 +154,7 @@ def test_autocast():
     h = hrda()
     with torch.autocast('cpu', torch.bfloat16):
         out = h(torch.randn(2,3,128,128))
-        loss = CE()(out, Sample(None, torch.zeros(2,128,128, dtype=torch.long)))
+        loss = WeightedCrossEntropy()(out, Sample(None, torch.zeros(2,128,128, dtype=torch.long)))
         with torch.no_grad(): assert h(torch.randn(1,3,128,128)).logits.isfinite().all()
     loss.backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in h.parameters())
@@ -165,7 +165,7 @@ def test_a_run_stopped_and_resumed_is_the_same_run(tmp_path):
     batches = [(Sample(torch.randn(2,3,128,128), torch.randint(0,5,(2,128,128)), name=('a','b')),None) for _ in range(3)]
     def trainer(out, steps):
         h = hrda()
-        t = Trainer(h, Method(Pass('src', source, CE(.9), OnDetail(CE()))), param_groups(h, lr=1e-3), lambda it: batches[it:], steps, out,
+        t = Trainer(h, Method(Pass('src', source_view, WeightedCrossEntropy(.9), DetailLoss(WeightedCrossEntropy()))), param_groups(h, lr=1e-3), lambda it: batches[it:], steps, out,
                     schedule=lambda it, n: 1., quiet=True)
         return t
     whole = trainer(tmp_path/'a', 2); log = whole.fit()

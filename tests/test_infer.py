@@ -4,15 +4,15 @@ import numpy as np, pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 from torch import nn
-from udanb.core.types import IGNORE, Out, Sample, normalize
+from udanb.core.types import IGNORE, Sample, SegOutput, normalize
 from udanb.core.storage import read_json
 from udanb.core.utils import seed_all
-from udanb.inference.predict import evaluate, predict, slide, whole, windows
-from udanb.inference.folder import find_images, predict_folder
-from udanb.core.utils import inferring, plain_repr
+from udanb.inference.predict import evaluate, predict, sliding_logits, sliding_windows, whole_logits
+from udanb.inference.folder import list_images, predict_folder
+from udanb.core.utils import eval_mode, stable_repr
 from udanb.core.state_dicts import weights_hash
 from udanb.core.labels import CAMVID11, LabelSpace, colorize
-from udanb.inference.metrics import Confusion
+from udanb.inference.metrics import ConfusionMatrix
 
 SPACE = LabelSpace('four', ('a','b','c','d'), ((10,0,0),(0,20,0),(0,0,30),(40,40,40)), train_ids=(0,8,10,13))
 
@@ -24,7 +24,7 @@ class Net(nn.Module):
         self.conv,self.bn,self.drop,self.shapes = nn.Conv2d(3, n, 7, stride=4, padding=3),nn.BatchNorm2d(n),nn.Dropout2d(.5),[]
     def forward(self, img):
         self.shapes.append(tuple(img.shape))
-        return Out(self.drop(self.bn(self.conv(img))))
+        return SegOutput(self.drop(self.bn(self.conv(img))))
 
 @pytest.fixture
 def net(): return Net()
@@ -38,13 +38,13 @@ def photo(path, seed=0, size=(40,56)):
 # ---- windows
 @pytest.mark.parametrize('size,crop,stride,n', [((1024,2048),1024,512,3), ((1024,1024),512,256,9), ((512,512),512,256,1),
                                                    ((513,512),512,256,2), ((300,400),512,256,1)])
-def test_window_counts(size, crop, stride, n): assert len(windows(size, crop, stride))==n
+def test_window_counts(size, crop, stride, n): assert len(sliding_windows(size, crop, stride))==n
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 40), st.integers(1, 40), st.data())
 def test_windows_cover_and_stay_inside(h, w, ch, cw, data):
     s = data.draw(st.integers(1, ch)),data.draw(st.integers(1, cw))
-    seen,at = np.zeros((max(h,ch),max(w,cw)), int),windows((h,w), (ch,cw), s)
+    seen,at = np.zeros((max(h,ch),max(w,cw)), int),sliding_windows((h,w), (ch,cw), s)
     for y,x in at:
         assert 0<=y<=seen.shape[0]-ch and 0<=x<=seen.shape[1]-cw
         seen[y:y+ch,x:x+cw] += 1
@@ -53,7 +53,7 @@ def test_windows_cover_and_stay_inside(h, w, ch, cw, data):
 
 @pytest.mark.parametrize('stride', [0, -1, 33])
 def test_a_stride_with_gaps_is_refused(stride):
-    with pytest.raises(ValueError, match=f'stride {stride} '): windows((64,64), 32, stride)
+    with pytest.raises(ValueError, match=f'stride {stride} '): sliding_windows((64,64), 32, stride)
 
 # ---- sliding
 def naive_slide(net, img, crop, stride):
@@ -77,38 +77,38 @@ def naive_slide(net, img, crop, stride):
 @pytest.mark.parametrize('batch', [1, 3, 100])
 def test_slide_equals_a_naive_loop(net, size, crop, stride, batch):
     img = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
-    with inferring(net):
-        torch.testing.assert_close(slide(net, img, crop, stride, batch), naive_slide(net, img, crop, stride), atol=1e-5, rtol=1e-5)
+    with eval_mode(net):
+        torch.testing.assert_close(sliding_logits(net, img, crop, stride, batch), naive_slide(net, img, crop, stride), atol=1e-5, rtol=1e-5)
 
 def test_windows_are_batched(net):
-    with inferring(net): slide(net, torch.zeros(1,3,64,128), 64)            # default stride: half a window
+    with eval_mode(net): sliding_logits(net, torch.zeros(1,3,64,128), 64)            # default stride: half a window
     assert net.shapes==[(3,3,64,64)]
     net.shapes.clear()
-    with inferring(net): slide(net, torch.zeros(2,3,64,64), 32, 16, batch=4)
+    with eval_mode(net): sliding_logits(net, torch.zeros(2,3,64,64), 32, 16, batch=4)
     assert net.shapes==[(8,3,32,32),(8,3,32,32),(2,3,32,32)]
 
 def test_one_window_is_the_whole_image(net):
     img = torch.randn(1,3,32,48)
-    with inferring(net): assert slide(net, img, (32,48)).equal(whole(net, img))
+    with eval_mode(net): assert sliding_logits(net, img, (32,48)).equal(whole_logits(net, img))
 
 # ---- predict
 def test_predict_scales_then_softmaxes(net):
     img = torch.randn(2,3,32,40)
     got = predict(net, img, (50,61))
-    with inferring(net): low = net(img).logits
+    with eval_mode(net): low = net(img).logits
     want = F.interpolate(F.interpolate(low, (32,40), mode='bilinear'), (50,61), mode='bilinear').softmax(1)
     torch.testing.assert_close(got, want)
     assert predict(net, img).shape==(2,4,32,40) and not got.requires_grad
 
 def test_half_precision_answers_are_float32():
     class Half(nn.Module):
-        def forward(self, img): return Out(torch.zeros(len(img), 4, 8, 8, dtype=torch.bfloat16))
+        def forward(self, img): return SegOutput(torch.zeros(len(img), 4, 8, 8, dtype=torch.bfloat16))
     assert predict(Half(), torch.zeros(1,3,32,32)).dtype==torch.float32
 
 def test_modes_come_back_even_after_an_error(net):
     net.train(); net.bn.eval()
     with pytest.raises(RuntimeError, match='boom'):
-        with inferring(net): raise RuntimeError('boom')
+        with eval_mode(net): raise RuntimeError('boom')
     assert net.training and net.drop.training and not net.bn.training and torch.is_grad_enabled()
     net.eval(); predict(net, torch.zeros(1,3,16,16))
     assert not net.training and not net.drop.training
@@ -124,56 +124,56 @@ def make_loader(n=3, size=(24,32), native=(48,64), void=.1):
 def test_evaluate_equals_a_loop(net, mode, kw):
     net.train()
     before = weights_hash(net)
-    got = evaluate(net, make_loader(), Confusion(4), mode=mode, quiet=True, **kw)
+    got = evaluate(net, make_loader(), ConfusionMatrix(4), mode=mode, quiet=True, **kw)
     assert net.training and weights_hash(net)==before                       # batch norm has not learnt from the validation set
-    want = Confusion(4)
-    with inferring(net):
+    want = ConfusionMatrix(4)
+    with eval_mode(net):
         for x,lbl in make_loader():
-            low = whole(net, x.img) if mode=='whole' else naive_slide(net, x.img, (16,16), (8,8))
+            low = whole_logits(net, x.img) if mode=='whole' else naive_slide(net, x.img, (16,16), (8,8))
             want.update(F.interpolate(low, lbl.shape, mode='bilinear').argmax(1)[0], lbl)
     assert got.mat.equal(want.mat) and got.mat.sum()>0
 
 def test_evaluate_takes_tensors_and_batches(net):
     net.eval()
-    want = evaluate(net, make_loader(), Confusion(4), quiet=True).mat
-    assert evaluate(net, ((x,torch.from_numpy(l).long()[None]) for x,l in make_loader()), Confusion(4), quiet=True).mat.equal(want)
+    want = evaluate(net, make_loader(), ConfusionMatrix(4), quiet=True).mat
+    assert evaluate(net, ((x,torch.from_numpy(l).long()[None]) for x,l in make_loader()), ConfusionMatrix(4), quiet=True).mat.equal(want)
     xs,ls = zip(*make_loader())
     both = [(Sample(torch.cat([x.img for x in xs]), name=('0','1','2')),np.stack(ls))]
-    assert evaluate(net, both, Confusion(4), quiet=True).mat.equal(want)
+    assert evaluate(net, both, ConfusionMatrix(4), quiet=True).mat.equal(want)
 
 def test_evaluate_errors(net):
     ok = list(make_loader(1))
-    with pytest.raises(ValueError, match='loader is empty'): evaluate(net, [], Confusion(4), quiet=True)
-    with pytest.raises(ValueError, match='4 classes apart, 11 are expected'): evaluate(net, ok, Confusion(11), quiet=True)
-    with pytest.raises(ValueError, match='needs crop'): evaluate(net, ok, Confusion(4), mode='slide', quiet=True)
-    with pytest.raises(ValueError, match="unknown mode 'hole'; did you mean 'whole'"): evaluate(net, ok, Confusion(4), mode='hole', quiet=True)
+    with pytest.raises(ValueError, match='loader is empty'): evaluate(net, [], ConfusionMatrix(4), quiet=True)
+    with pytest.raises(ValueError, match='4 classes apart, 11 are expected'): evaluate(net, ok, ConfusionMatrix(11), quiet=True)
+    with pytest.raises(ValueError, match='needs crop'): evaluate(net, ok, ConfusionMatrix(4), mode='slide', quiet=True)
+    with pytest.raises(ValueError, match="unknown mode 'hole'; did you mean 'whole'"): evaluate(net, ok, ConfusionMatrix(4), mode='hole', quiet=True)
     x,lbl = ok[0]
     with pytest.raises(ValueError, match=r'^0.png: label outside the 4 classes: 7 \(1 px\)'):
         lbl = lbl.copy(); lbl[0,0] = 7
-        evaluate(net, [(x,lbl)], Confusion(4), quiet=True)
+        evaluate(net, [(x,lbl)], ConfusionMatrix(4), quiet=True)
     net.conv.bias.data[0] = torch.inf
-    with pytest.raises(FloatingPointError, match='0.png'): evaluate(net, ok, Confusion(4), quiet=True)
+    with pytest.raises(FloatingPointError, match='0.png'): evaluate(net, ok, ConfusionMatrix(4), quiet=True)
     assert net.training
 
 def test_a_function_as_mode(net, tmp_path):
     "A function that does what a named mode does gives the same; its record repeats in another process, and it cuts its own windows"
     net.eval()
-    by = lambda **kw: evaluate(net, make_loader(), Confusion(4), quiet=True, **kw).mat
-    assert by(mode=whole).equal(by()) and by(mode=partial(slide, crop=16, stride=8)).equal(by(mode='slide', crop=16, stride=8))
-    with pytest.raises(ValueError, match='is a function and cuts its own windows'): by(mode=whole, crop=16)
-    with pytest.raises(ValueError, match='is a function and cuts its own windows'): by(mode=whole, stride=16)
+    by = lambda **kw: evaluate(net, make_loader(), ConfusionMatrix(4), quiet=True, **kw).mat
+    assert by(mode=whole_logits).equal(by()) and by(mode=partial(sliding_logits, crop=16, stride=8)).equal(by(mode='slide', crop=16, stride=8))
+    with pytest.raises(ValueError, match='is a function and cuts its own windows'): by(mode=whole_logits, crop=16)
+    with pytest.raises(ValueError, match='is a function and cuts its own windows'): by(mode=whole_logits, stride=16)
     photo(tmp_path/'in'/'a.png')
     outs = [predict_folder(net, tmp_path/'in', tmp_path/k, SPACE, quiet=True, **kw) for k,kw in
-            dict(name=dict(mode='slide', crop=16, stride=8), fn=dict(mode=partial(slide, crop=16, stride=8))).items()]
+            dict(name=dict(mode='slide', crop=16, stride=8), fn=dict(mode=partial(sliding_logits, crop=16, stride=8))).items()]
     assert len({(o/'label'/'a.png').read_bytes() for o in outs})==1
-    assert [read_json(o/'predict.json')['mode'] for o in outs]==['slide', 'functools.partial(<function slide>, crop=16, stride=8)']
-    assert plain_repr(object())=='<object object>' and plain_repr(None)=='None'
+    assert [read_json(o/'predict.json')['mode'] for o in outs]==['slide', 'functools.partial(<function sliding_logits>, crop=16, stride=8)']
+    assert stable_repr(object())=='<object object>' and stable_repr(None)=='None'
 
 def test_evaluate_keeps_no_predictions():
     "Each prediction is freed before the next image comes"
     import gc, weakref
     alive,most = [],0
-    class Spy(Confusion):
+    class Spy(ConfusionMatrix):
         def update(self, pred, lbl):
             nonlocal most
             alive.append(weakref.ref(pred)); gc.collect()
@@ -206,7 +206,7 @@ def test_folder_train_ids_and_network_size(tmp_path, net):
 
 def test_folder_from_files_and_datasets(tmp_path, net):
     a,b = photo(tmp_path/'in'/'x'/'a.png', 0),photo(tmp_path/'in'/'y'/'b.png', 1)
-    assert list(find_images([b,a]))==['x/a.png','y/b.png'] and list(find_images([str(a)]))==['a.png']
+    assert list(list_images([b,a]))==['x/a.png','y/b.png'] and list(list_images([str(a)]))==['a.png']
     class Data:
         names = ['x/a.png','y/b.png']
         def image(self, i): return pixels(i)

@@ -7,10 +7,10 @@ from torch import nn
 GOLDEN = Path(__file__).parent/'golden'
 sys.path.insert(0, str(GOLDEN))
 import rules
-from udanb.core.types import IGNORE, Out, Sample
+from udanb.core.types import IGNORE, Sample, SegOutput
 from udanb.core.utils import seed_all
-from udanb.training.losses import CE, FeatureDistance, shrink_labels
-from udanb.training.teacher import EMATeacher, confidence, ema_alpha, margin_weight
+from udanb.training.losses import FeatureDistance, WeightedCrossEntropy, downscale_labels
+from udanb.training.teacher import EMATeacher, ema_decay, hard_pseudo_labels, zero_margins
 from udanb.training.schedules import poly_warmup
 from udanb.training.views import class_mask
 
@@ -20,11 +20,11 @@ def test_cross_entropy_is_the_published_one():
     logits = torch.from_numpy(3*np.random.RandomState(1).standard_normal((2,19,32,32)).astype(np.float32))
     lbl = rules.block_label(2, 128, 128, 16, 2, noise=.2)[:,0]
     wgt = torch.from_numpy(np.random.RandomState(3).random_sample((2,128,128)).astype(np.float32))
-    ce = CE(parity=True)
+    ce = WeightedCrossEntropy(parity=True)
     assert (lbl==IGNORE).sum()==units['ce']['n_ignored']
-    assert ce(Out(logits), Sample(None, lbl)).item()==pytest.approx(units['ce']['no_weight']['loss_seg'], rel=1e-6)
-    assert ce(Out(logits), Sample(None, lbl, wgt)).item()==pytest.approx(units['ce']['weighted']['loss_seg'], rel=1e-6)
-    assert CE()(Out(logits), Sample(None, lbl)) > ce(Out(logits), Sample(None, lbl))      # ours divides by labelled pixels only
+    assert ce(SegOutput(logits), Sample(None, lbl)).item()==pytest.approx(units['ce']['no_weight']['loss_seg'], rel=1e-6)
+    assert ce(SegOutput(logits), Sample(None, lbl, wgt)).item()==pytest.approx(units['ce']['weighted']['loss_seg'], rel=1e-6)
+    assert WeightedCrossEntropy()(SegOutput(logits), Sample(None, lbl)) > ce(SegOutput(logits), Sample(None, lbl))      # ours divides by labelled pixels only
 
 def fd_inputs():
     f1,f2 = (torch.from_numpy(np.random.RandomState(s).standard_normal((2,256,8,8)).astype(np.float32)) for s in (4,5))
@@ -41,20 +41,20 @@ def test_feature_distance_is_the_published_one():
     f1,f2,lbl = fd_inputs()
     fd = FeatureDistance(Const(f2), (6,7,11,12,13,14,15,16,17,18), 19)
     want = torch.tensor(units['fd']['gt_rescaled'])
-    assert shrink_labels(lbl, (8,8), 19).equal(want.view(2,8,8))
+    assert downscale_labels(lbl, (8,8), 19).equal(want.view(2,8,8))
     assert fd.cells(lbl, (8,8)).sum()==units['fd']['n_cells']
     x = Sample(torch.zeros(2,3,256,256), lbl)
-    assert (fd.w*fd(Out(None, (f1,)), x)).item()==pytest.approx(units['fd']['loss'], rel=1e-5)
-    assert fd(Out(None, (f1,)), Sample(x.img, torch.zeros_like(lbl)))==0                  # published: NaN
+    assert (fd.w*fd(SegOutput(None, (f1,)), x)).item()==pytest.approx(units['fd']['loss'], rel=1e-5)
+    assert fd(SegOutput(None, (f1,)), Sample(x.img, torch.zeros_like(lbl)))==0                  # published: NaN
 
 @pytest.mark.parametrize('i', range(len(units['q'])))
 def test_confidence_share(i):
     g = units['q'][i]; k = float(g['logits'].split('*')[0])
     logits = torch.from_numpy((k*np.random.RandomState(9).standard_normal((2,19,64,64))).astype(np.float32))
-    _,q = confidence(logits.softmax(1), .968)
+    _,q = hard_pseudo_labels(logits.softmax(1), .968)
     assert q.item()==g['q']                                                              # one share for the whole batch
     top,bottom = g['rows_zero_top_bottom']
-    w = margin_weight(q.expand(2,64,64), top, bottom)
+    w = zero_margins(q.expand(2,64,64), top, bottom)
     np.testing.assert_allclose(w.sum((1,2)), g['weight_map_sum'], rtol=1e-6)
 
 def test_class_mask_draws_half_of_the_batch_classes_under_parity():
@@ -75,7 +75,7 @@ def test_class_mask_chooses_every_class_equally_often():
     assert n.sum()==600*3 and (n/600-.5).abs().max()<.08
 
 def test_ema_alpha():
-    for it,a in units['ema_alpha'].items(): assert ema_alpha(int(it))==pytest.approx(a, abs=1e-12)
+    for it,a in units['ema_alpha'].items(): assert ema_decay(int(it))==pytest.approx(a, abs=1e-12)
 
 @pytest.mark.parametrize('name,kw', [('poly10warm', {})])
 def test_learning_rate_table(name, kw):
@@ -88,7 +88,7 @@ def test_teacher_keeps_dropout_off_and_never_gets_gradients():
     net = nn.Sequential(nn.Conv2d(3,8,1), nn.Dropout(.9), nn.BatchNorm2d(8), nn.Conv2d(8,4,1))
     class Net(nn.Module):
         def __init__(self): super().__init__(); self.net = net
-        def forward(self, img): return Out(self.net(img))
+        def forward(self, img): return SegOutput(self.net(img))
     for bn in ('batch','student'):
         t = EMATeacher(Net(), bn=bn); t.train()
         x = torch.randn(2,3,5,5)
@@ -100,8 +100,8 @@ def test_teacher_keeps_dropout_off_and_never_gets_gradients():
 
 def test_three_ema_updates_are_the_published_ones():
     from udanb.models.released import published_keys
-    from udanb.models.segmentor import segmentor
-    student,teacher = (segmentor('mit_b0', 19).double() for _ in range(2))
+    from udanb.models.segmentor import create_segmentor
+    student,teacher = (create_segmentor('mit_b0', 19).double() for _ in range(2))
     for net,seed in ((student,0), (teacher,200_000)):
         names = published_keys(net)
         sd = net.state_dict()

@@ -8,16 +8,16 @@ from udanb.core.utils import seed_all
 from udanb.demo.render import toy_pair
 from udanb.models.hrda import HRDA
 from udanb.methods.daformer import dacs, daformer, source_only
-from udanb.methods.mic import MODES, both, mic
-from udanb.models.segmentor import param_groups, segmentor
+from udanb.methods.mic import MASK_SOURCES, mic, source_target_view
+from udanb.models.segmentor import create_segmentor, param_groups
 from udanb.training.trainer import Step, Trainer
-from udanb.data.augment import Strong
-from udanb.training.views import Masked, patch_mask, source, target
+from udanb.data.augment import StrongAugmentation
+from udanb.training.views import MaskedView, patch_mask, source_view, target_view
 
 src,tgt = toy_pair(2)
 
 @pytest.fixture(scope='module')
-def net(): seed_all(0); return segmentor('mit_b0', 19, dim=16)
+def net(): seed_all(0); return create_segmentor('mit_b0', 19, dim=16)
 
 def run(method, net, src=src, tgt=tgt, seed=0):
     "All losses and the student's gradient"
@@ -41,7 +41,7 @@ def test_published_sizes_hide_seventy_per_cent_of_256_cells(side, block):
     n = torch.cat([patch_mask((4,side,side), block)[:,::block,::block].flatten(1).sum(1) for _ in range(20)]).float()
     assert abs(n.mean()/256-.3)<4*math.sqrt(.21/256/80)
     img = torch.randn(1,3,side,side)+5
-    a,b = (Masked(lambda step: Sample(img), k) for k in (block,None))
+    a,b = (MaskedView(lambda step: Sample(img), k) for k in (block,None))
     torch.manual_seed(1); x = a(None).img
     torch.manual_seed(1)
     assert b(None).img.equal(x)                                         # a sixteenth is the published size
@@ -52,7 +52,7 @@ def test_impossible_masks_are_refused(kw):
     with pytest.raises(ValueError, match='block'): patch_mask((1,8,8), **kw)
 
 def test_teacher_sees_the_whole_and_is_asked_once(net):
-    m,seen = mic(daformer(net, things=(11,), strong=Strong()), net, strong=Strong()),[]
+    m,seen = mic(daformer(net, things=(11,), strong=StrongAugmentation()), net, strong=StrongAugmentation()),[]
     m.teacher.net.register_forward_hook(lambda mod,args,out: seen.append(args[0]))
     before = tgt.img.clone()
     logs,_ = run(m, net)
@@ -88,7 +88,7 @@ def test_places_without_trust_have_no_say(net):
     part = Sample(tgt.img, wgt=torch.ones(2,64,128)); part.wgt[:,32:] = 0
     step = Step(src, part, net, m.teacher)
     out = net(torch.zeros_like(tgt.img))._replace(logits=torch.randn(2,19,64,128, requires_grad=True))
-    p.crits[0](out, target(step), step).backward()
+    p.crits[0](out, target_view(step), step).backward()
     assert (out.logits.grad[:,:,32:]==0).all() and (out.logits.grad[:,:,:32]!=0).any()
     net.train()
 
@@ -96,23 +96,23 @@ def test_places_without_trust_have_no_say(net):
 def test_both_takes_half_of_each_domain(net, n):
     a,b = toy_pair(n, seed=1); a.wgt = torch.full(a.lbl.shape, .5)
     m = dacs(net, tau=0.)
-    x = both(Step(a, b, net, m.teacher))
+    x = source_target_view(Step(a, b, net, m.teacher))
     assert x.name==a.name[:n//2]+b.name[:n-n//2] and x.img.equal(torch.cat([a.img[:n//2], b.img[:n-n//2]]))
     assert x.lbl[:n//2].equal(a.lbl[:n//2]) and (x.wgt[:n//2]==.5).all() and (x.wgt[n//2:]==1).all()
 
-@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('mode', MASK_SOURCES)
 @pytest.mark.parametrize('kind', ['hrda','upernet'])
 def test_other_networks(kind, mode):
     seed_all(0)
-    net = HRDA(segmentor('mit_b0', 19, dim=16), 32, dim=16) if kind=='hrda' else segmentor('mit_b0', 19, 'upernet', dim=16)
-    logs,g = run(mic(dacs(net, tau=0., strong=Strong()), net, mode=mode, strong=Strong()), net)
+    net = HRDA(create_segmentor('mit_b0', 19, dim=16), 32, dim=16) if kind=='hrda' else create_segmentor('mit_b0', 19, 'upernet', dim=16)
+    logs,g = run(mic(dacs(net, tau=0., strong=StrongAugmentation()), net, mode=mode, strong=StrongAugmentation()), net)
     extra = dict(hrda='masked/detail', upernet='masked/fcn')[kind]
     assert logs['masked/ce']>0 and logs[extra]>0 and g.isfinite().all()
 
 @pytest.mark.parametrize('parity', [False,True])
 @pytest.mark.parametrize('kind', ['hrda','upernet'])
 def test_weight_reaches_every_term_and_only_the_first_under_parity(kind, parity):
-    net = HRDA(segmentor('mit_b0', 19, dim=16), 32, dim=16) if kind=='hrda' else segmentor('mit_b0', 19, 'upernet', dim=16)
+    net = HRDA(create_segmentor('mit_b0', 19, dim=16), 32, dim=16) if kind=='hrda' else create_segmentor('mit_b0', 19, 'upernet', dim=16)
     w = lambda **kw: [c.w for c in mic(dacs(net), net, **kw).passes[2].crits]
     assert w(w=3., parity=parity)==pytest.approx([3*w()[0], w()[1]*(1 if parity else 3)])
 
@@ -132,8 +132,8 @@ def test_bf16_has_finite_gradients(net):
 
 def test_resume_is_exact(tmp_path):
     def make(out, stop=None):
-        seed_all(0); net = segmentor('mit_b0', 19, dim=16)
-        m = mic(dacs(net, alpha=.9, tau=0., strong=Strong()), net, strong=Strong())
+        seed_all(0); net = create_segmentor('mit_b0', 19, dim=16)
+        m = mic(dacs(net, alpha=.9, tau=0., strong=StrongAugmentation()), net, strong=StrongAugmentation())
         loader = lambda start: (toy_pair(1, (32,64), seed=t) for t in range(start, 3))
         return Trainer(net, m, param_groups(net, lr=1e-3), loader, 3, out, save_every=1, quiet=True,
                        callbacks=[lambda t,row: 1/0 if row['it']==stop else None])
@@ -145,6 +145,6 @@ def test_resume_is_exact(tmp_path):
 
 def test_a_mask_is_the_same_for_the_same_seed_and_other_for_another():
     step = SimpleNamespace(src=src)
-    draw = lambda s: (seed_all(0, s), Masked(source, 8)(step).img)[1]
+    draw = lambda s: (seed_all(0, s), MaskedView(source_view, 8)(step).img)[1]
     assert draw(1).equal(draw(1)) and not draw(1).equal(draw(2))
-    assert not (src.lbl==IGNORE).all() and Masked(source)(step).lbl is src.lbl
+    assert not (src.lbl==IGNORE).all() and MaskedView(source_view)(step).lbl is src.lbl

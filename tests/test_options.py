@@ -2,26 +2,26 @@
 from contextlib import nullcontext
 import numpy as np, pytest, torch, yaml
 from conftest import ROOT
-from udanb.core.types import IGNORE, Out, Sample, denormalize, normalize
+from udanb.core.types import IGNORE, Sample, SegOutput, denormalize, normalize
 from udanb.core.utils import seed_all
 from udanb.demo.render import toy_pair
 from udanb.models.hrda import HRDA
 from udanb.core.labels import CITYSCAPES19
 from udanb.methods.daformer import dacs, daformer, source_only
-from udanb.methods.extras import MMD, Bank, Paste, Recent, mmd, mmd2, pass_of, paste, rare_classes, soft
-from udanb.models.segmentor import param_groups, segmentor
+from udanb.methods.extras import MMD, CropBank, FeatureQueue, RareClassPasteView, mmd, pass_of, rare_class_paste, rare_classes, squared_mmd, target_pass
+from udanb.models.segmentor import create_segmentor, param_groups
 from udanb.training.trainer import Step, Trainer
 
 TOYS = (6,7,11,12,18)
-KINDS = dict(plain=lambda: segmentor('mit_b0', 19, dim=16),
-             hrda=lambda: HRDA(segmentor('mit_b0', 19, dim=16), 32, dim=16),
-             upernet=lambda: segmentor('mit_b0', 19, 'upernet', dim=16))
+KINDS = dict(plain=lambda: create_segmentor('mit_b0', 19, dim=16),
+             hrda=lambda: HRDA(create_segmentor('mit_b0', 19, dim=16), 32, dim=16),
+             upernet=lambda: create_segmentor('mit_b0', 19, 'upernet', dim=16))
 
 @pytest.fixture(scope='module')
 def pair(): return toy_pair(2)
 
 def everything(net, size=(64,128)):
-    return mmd(paste(soft(daformer(net, CITYSCAPES19.things, tau=0.), net), size, TOYS, least=.001), net)
+    return mmd(rare_class_paste(target_pass(daformer(net, CITYSCAPES19.things, tau=0.), net), size, TOYS, least=.001), net)
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_all_options_on_every_kind_of_network(kind, pair):
@@ -42,14 +42,14 @@ def test_all_options_on_every_kind_of_network(kind, pair):
 
 def test_order_of_additions_does_not_matter(pair):
     net = KINDS['plain']()
-    a = soft(mmd(dacs(net), net), net); b = mmd(soft(dacs(net), net), net)
+    a = target_pass(mmd(dacs(net), net), net); b = mmd(target_pass(dacs(net), net), net)
     weights = lambda m: {(p.name,c.name): round(c.w, 9) for p in m.passes for c in p.crits}
     assert weights(a)==weights(b) and weights(a)['mixed','mmd']==.05 and weights(a)['mixed','ce']==.9
 
 def test_soft_is_the_weighted_sum_of_the_formula(pair):
     "Gradients of the three passes against one backward of (1-β)·L_M + β·L_T, computed by hand"
     seed_all(0); net = KINDS['plain']().eval()
-    m = soft(dacs(net, tau=0.), net, beta=.3)
+    m = target_pass(dacs(net, tau=0.), net, beta=.3)
     def total(step):
         x = m.passes[1].view(step); q = step.pseudo
         def ce(out, l, w):
@@ -63,9 +63,9 @@ def test_soft_is_the_weighted_sum_of_the_formula(pair):
 
 def test_refusals(pair):
     net = KINDS['plain']()
-    for add in (lambda m: soft(m, net), lambda m: paste(m, (64,128)), lambda m: mmd(m, net)):
+    for add in (lambda m: target_pass(m, net), lambda m: rare_class_paste(m, (64,128)), lambda m: mmd(m, net)):
         with pytest.raises(ValueError, match="no pass 'mixed'.*daformer"): add(source_only(net))
-    with pytest.raises(ValueError, match="as `size`"): Bank(TOYS, (32,32)).put(pair[0])
+    with pytest.raises(ValueError, match="as `size`"): CropBank(TOYS, (32,32)).put(pair[0])
 
 # ---- paste
 
@@ -78,9 +78,9 @@ def naive_paste(x, drawn):
 
 def test_paste_is_consistent_and_from_earlier_images(pair):
     seed_all(0); net = KINDS['plain']()
-    m = paste(dacs(net), (64,128), TOYS, least=.001)
+    m = rare_class_paste(dacs(net), (64,128), TOYS, least=.001)
     view = m.passes[1].view
-    assert isinstance(view, Paste) and view.bank.draw(2)==[]
+    assert isinstance(view, RareClassPasteView) and view.bank.draw(2)==[]
     seed_all(1); first = view(Step(*pair, net, m.teacher))
     seed_all(1); plain = view.view(Step(*pair, net, m.teacher))
     assert first.img.equal(plain.img) and first.lbl.equal(plain.lbl)                          # nothing was in the bank yet
@@ -94,7 +94,7 @@ def test_paste_is_consistent_and_from_earlier_images(pair):
     assert changed.any() and pair[0].img.equal(before) and not step.pseudo.wgt.gt(1).any()    # inputs are left alone
 
 def test_bank_keeps_pixels_and_forgets_the_oldest():
-    bank = Bank((3,5), (4,4), slots=2, least=4/16)
+    bank = CropBank((3,5), (4,4), slots=2, least=4/16)
     def sample(v, n):
         l = torch.zeros(1,4,4, dtype=torch.long); l.view(-1)[:n] = 5
         return Sample(normalize(np.full((4,4,3), v, np.uint8))[None], l)
@@ -113,7 +113,7 @@ def test_colours_change_after_pasting():
     net = KINDS['plain'](); src,tgt = toy_pair(2)
     class Minus(torch.nn.Module):
         def forward(self, x): return -x
-    m = paste(dacs(net, strong=Minus()), (64,128), TOYS, least=.001); view = m.passes[1].view
+    m = rare_class_paste(dacs(net, strong=Minus()), (64,128), TOYS, least=.001); view = m.passes[1].view
     view.bank.put(src)
     seed_all(4); got = view(Step(src, tgt, net, m.teacher)); view.strong = torch.nn.Identity()
     seed_all(4); want = view(Step(src, tgt, net, m.teacher))
@@ -130,28 +130,28 @@ def test_mmd_by_loops(n, m):
     z = np.concatenate([x,y]); N = n+m
     bw = sum(((a-b)**2).sum() for a in z for b in z)/(N*(N-1))
     k = lambda A,B: np.mean([[sum(np.exp(-((a-b)**2).sum()/(bw*2.**i)) for i in range(-2,3)) for b in B] for a in A])
-    assert mmd2(torch.tensor(x), torch.tensor(y)).item()==pytest.approx(k(x,x)+k(y,y)-2*k(x,y), rel=1e-4, abs=1e-6)
+    assert squared_mmd(torch.tensor(x), torch.tensor(y)).item()==pytest.approx(k(x,x)+k(y,y)-2*k(x,y), rel=1e-4, abs=1e-6)
 
 def test_mmd_moves_distributions_together():
     seed_all(0); x = torch.nn.Parameter(torch.randn(16,4)+3); y = torch.randn(16,4); opt = torch.optim.SGD([x], 1.)
-    first = mmd2(x, y).item()
-    for _ in range(200): opt.zero_grad(); mmd2(x, y).backward(); opt.step()
-    assert mmd2(x, y).item()<.3*first
+    first = squared_mmd(x, y).item()
+    for _ in range(200): opt.zero_grad(); squared_mmd(x, y).backward(); opt.step()
+    assert squared_mmd(x, y).item()<.3*first
 
 def test_mmd_of_equal_vectors_is_finite():
     x = torch.ones(2,4, requires_grad=True)
-    v = mmd2(x, torch.ones(2,4)); v.backward()
+    v = squared_mmd(x, torch.ones(2,4)); v.backward()
     assert v==0 and torch.isfinite(x.grad).all()
 
 def test_two_sided_memory_gives_the_joint_gradient():
     f,g = (torch.randn(2,6,3,3, requires_grad=True) for _ in range(2)); pool = lambda t: t.mean((2,3))
-    a,b = Recent(6,2),Recent(6,2); b.put(pool(g))
-    (MMD(a,b)(Out(None,(f,)))+MMD(b,a)(Out(None,(g,)))).backward()
-    want = torch.autograd.grad(mmd2(pool(f), pool(g)), [f,g])
+    a,b = FeatureQueue(6,2),FeatureQueue(6,2); b.put(pool(g))
+    (MMD(a,b)(SegOutput(None,(f,)))+MMD(b,a)(SegOutput(None,(g,)))).backward()
+    want = torch.autograd.grad(squared_mmd(pool(f), pool(g)), [f,g])
     torch.testing.assert_close(f.grad, want[0]); torch.testing.assert_close(g.grad, want[1])
 
 def test_recent_keeps_the_newest():
-    r = Recent(1, 3)
+    r = FeatureQueue(1, 3)
     for i in range(5): r.put(torch.tensor([[float(i)]]))
     assert r.now.flatten().tolist()==[4,3,2]
 
@@ -192,7 +192,7 @@ def test_the_network_of_each_script(f):
     assert over.get('lr')==(8e-5 if 'convnext' in f.stem else None)
     meta = not p['backbone'].startswith('mit')
     with torch.device('meta') if meta else nullcontext():
-        net = segmentor(p['backbone'], 19, over.get('head','daformer'), dim=over.get('dim'), drop_path=over.get('drop_path'))
+        net = create_segmentor(p['backbone'], 19, over.get('head','daformer'), dim=over.get('dim'), drop_path=over.get('drop_path'))
     if meta: assert net.eval()(torch.zeros(1,3,512,512, device='meta')).logits.shape==(1,19,*((16,16) if 'fcn' in f.stem else (128,128)))
     assert net.head.ch==over.get('dim', 256 if 'daformer' in f.stem else 512)
     assert f'-f params/{f.name}' in f.read_text()

@@ -3,23 +3,23 @@ import errno, json, multiprocessing, os, shutil, signal, subprocess, time
 from pathlib import Path
 import pytest
 from torch import nn
-from udanb.models.backbones import backbone
+from udanb.models.backbones import create_backbone
 from udanb.data.catalog import DATASETS
-from udanb.core.types import Out
+from udanb.core.types import SegOutput
 from udanb.core.storage import atomic_write, read_json
 from udanb.core.utils import seed_all
-from udanb.data.datasets import SegFolder
+from udanb.data.datasets import SegDataset
 from udanb.demo.render import write_demo
 from udanb.inference.folder import predict_folder
 from udanb.core.labels import CITYSCAPES19
-from udanb.runs.stamps import LOST, STAMP, damaged, fingerprint, outputs
+from udanb.runs.stamps import MISSING_LIST, STAMP_FILE, content_hash, damaged_files, output_files
 from udanb.runs.pipeline import Pipeline
 from udanb.runs.stamps import read_stamp
 from udanb.inference.export_labels import export_pseudo
 from udanb.data.pseudo_labels import pseudo_spec
 from udanb.runs.presets import make_recipe
 from udanb.runs.results import load_run
-from udanb.runs.provenance import taken
+from udanb.runs.provenance import input_hashes
 from udanb.data.class_stats import class_stats
 from udanb.training.trainer import Trainer
 from udanb.checkpoints.weights import load_weights, save_weights
@@ -46,7 +46,7 @@ def at(out, what, stop):
 
 def encoder(folder, out, stop):
     def about(p): p.write_text('random')
-    def weights(p): seed_all(1); save_weights(p, backbone('mit_b0', None).body)
+    def weights(p): seed_all(1); save_weights(p, create_backbone('mit_b0', None).body)
     for n,write in (('about.txt',about), ('mit.safetensors',weights)):
         def slowly(p):
             p.write_bytes(b'half')
@@ -97,7 +97,7 @@ def finish(data, out):
 
 def stage_of(out, name): return next(Path(out).glob(f'{name}-*'))
 def names(out): return sorted(f.name for f in Path(out).iterdir())
-def sound(out): return all((s := read_stamp(f)) and not damaged(f, s) and not [*f.rglob('*.part*')] for f in Path(out).iterdir())
+def sound(out): return all((s := read_stamp(f)) and not damaged_files(f, s) and not [*f.rglob('*.part*')] for f in Path(out).iterdir())
 STEPS = [f'step {i}' for i in range(4)]
 
 @pytest.fixture(scope='module')
@@ -123,7 +123,7 @@ def test_killed_in_each_stage(data, ready_made, tmp_path):
     out = tmp_path/'chain'
     assert kill_at(data, out, 'mit.safetensors')==['about.txt','mit.safetensors']
     a = stage_of(out, 'encoder')
-    assert outputs(a)==['about.txt'] and read_stamp(a) is None and [*a.glob('.mit*.part*')]        # a half of it lies there
+    assert output_files(a)==['about.txt'] and read_stamp(a) is None and [*a.glob('.mit*.part*')]        # a half of it lies there
     assert kill_at(data, out, 'step 2')==['mit.safetensors','step 0','step 1','step 2']
     b = stage_of(out, 'uda')
     assert read_stamp(a) and not [*a.glob('.*.part*')] and read_stamp(b) is None and (b/'checkpoint.pt').exists()
@@ -166,14 +166,14 @@ DAMAGE = dict(
     flipped_bit=('uda', [(flip,'model.safetensors')], []),
     cut_metrics=('uda', [(cut,'metrics.json')], []),
     no_recipe=('uda', [(Path.unlink,'recipe.json')], []),
-    cut_stamp=('uda', [(cut,STAMP)], []),
-    cut_stamp_and_weights=('uda', [(cut,STAMP), (cut,'model.safetensors')], []),
+    cut_stamp=('uda', [(cut,STAMP_FILE)], []),
+    cut_stamp_and_weights=('uda', [(cut,STAMP_FILE), (cut,'model.safetensors')], []),
     lost_row=('uda', [(drop_row,'log.jsonl')], STEPS),                                # nothing can bring the row back
     no_weights_no_checkpoint=('uda', [(Path.unlink,'model.safetensors'), (Path.unlink,'checkpoint.pt')], STEPS),
     cut_file=('encoder', [(cut,'about.txt')], ['about.txt']),                 # only this one
     no_file=('encoder', [(Path.unlink,'mit.safetensors')], ['mit.safetensors']),
     cut_last=('brief', [(cut,'sum.json')], ['brief']),
-    empty_stamp=('brief', [(lambda f: f.write_bytes(b''),STAMP)], ['brief']))
+    empty_stamp=('brief', [(lambda f: f.write_bytes(b''),STAMP_FILE)], ['brief']))
 
 @pytest.mark.parametrize('case', DAMAGE)
 def test_damage_is_mended_and_nothing_else_done(case, data, made, ready_made):
@@ -194,11 +194,11 @@ class Colours(nn.Module):
         super().__init__()
         seed_all(0)
         self.conv,self.calls = nn.Conv2d(3, 19, 4, stride=4),0
-    def forward(self, img): self.calls += 1; return Out(self.conv(img))
+    def forward(self, img): self.calls += 1; return SegOutput(self.conv(img))
 
 def answers(data, out):
     "A stage of two folders of predictions, and one of pseudo-labels; how many images the network was asked for"
-    net,folder = Colours(),SegFolder(DATASETS['demo_target'], data, 'train', labels=False)
+    net,folder = Colours(),SegDataset(DATASETS['demo_target'], data, 'train', labels=False)
     def predict(f):
         for n in ('a','b'): predict_folder(net, folder, f/n, CITYSCAPES19, quiet=True)
     pipe = Pipeline(out, True)
@@ -219,7 +219,7 @@ HOLES = dict(cut_colour=('predict', [('cut','a/color/**/*.png')], 1), no_colour=
              record_and_colour=('predict', [('cut','a/predict.json'), ('cut','a/color/**/*.png')], 4),
              pseudo_cut_record=('pseudo', [('cut','pseudo.json')], 4), pseudo_no_record=('pseudo', [('no','pseudo.json')], 4),
              pseudo_no_record_no_journal=('pseudo', [('no','pseudo.json'), ('no','pseudo.jsonl')], 4),
-             pseudo_record_and_stamp=('pseudo', [('no','pseudo.json'), ('cut',STAMP)], 4),
+             pseudo_record_and_stamp=('pseudo', [('no','pseudo.json'), ('cut',STAMP_FILE)], 4),
              pseudo_cut_label=('pseudo', [('cut','gtFine/**/*.png')], 1), pseudo_cut_confidence=('pseudo', [('cut','confidence/**/*.png')], 1))
 
 @pytest.mark.parametrize('case', HOLES)
@@ -231,8 +231,8 @@ def test_holes_are_filled(case, data, answered, tmp_path):
     pipe,p,q,n = answers(data, out)
     assert n==again and list(pipe.table().state).count('found')==1 and sound(out)
     for f in (p,q):
-        assert {x: (f/x).read_bytes() for x in outputs(f)}=={x: (answered/f.name/x).read_bytes() for x in outputs(answered/f.name)}
-        assert not (f/LOST).exists()
+        assert {x: (f/x).read_bytes() for x in output_files(f)}=={x: (answered/f.name/x).read_bytes() for x in output_files(answered/f.name)}
+        assert not (f/MISSING_LIST).exists()
     assert answers(data, out)[3]==0
 
 def test_a_hole_that_is_not_filled(data, answered, tmp_path):
@@ -267,26 +267,26 @@ def test_killed_while_mending(what, data, answered, tmp_path, monkeypatch):
             with pytest.raises(KeyboardInterrupt): answers(data, out)
     def die(folder): raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt): Pipeline(out, True).stage('predict', die)
-    assert answers(data, out)[3]==(4 if what.endswith('json') else 1) and sound(out) and not (f/LOST).exists()
-    assert all((f/x).read_bytes()==(answered/f.name/x).read_bytes() for x in outputs(answered/f.name))
+    assert answers(data, out)[3]==(4 if what.endswith('json') else 1) and sound(out) and not (f/MISSING_LIST).exists()
+    assert all((f/x).read_bytes()==(answered/f.name/x).read_bytes() for x in output_files(answered/f.name))
 
 def test_a_damaged_list(tmp_path):
     pipe = Pipeline(tmp_path, True)
     f = pipe.stage('x', lambda folder: atomic_write(folder/'x.txt', 'x') and None)
     (f/'x.txt').unlink()
     for text in ('["x.t', '7'):
-        (f/LOST).write_text(text)
+        (f/MISSING_LIST).write_text(text)
         with pytest.raises(ValueError, match='.lost: damaged .* Remove .*x-'): pipe.stage('x', lambda folder: None)
 
 def test_statistics_of_labels_are_no_part_of_them(data, answered, tmp_path):
     "Whoever learned the labels has counted them; mended later, they are still the same input"
     out = Path(shutil.copytree(answered, tmp_path/'chain'))
     f = stage_of(out, 'pseudo')
-    before = fingerprint(f)
-    class_stats(SegFolder(pseudo_spec(DATASETS['demo_target'], f, CITYSCAPES19), data, 'train'), quiet=True)
+    before = content_hash(f)
+    class_stats(SegDataset(pseudo_spec(DATASETS['demo_target'], f, CITYSCAPES19), data, 'train'), quiet=True)
     assert any('class_stats' in p.name for p in f.iterdir())
     cut(next(f.glob('gtFine/**/*.png')))
-    assert answers(data, out)[3]==1 and fingerprint(f)==before
+    assert answers(data, out)[3]==1 and content_hash(f)==before
 
 # ---- a run that ends in an average
 
@@ -308,21 +308,21 @@ def averaged(data, chain, fail=None):
 def averages(data, ready_made, tmp_path_factory):
     out = Path(shutil.copytree(ready_made, tmp_path_factory.mktemp('swa')/'chain'))
     f = averaged(data, out)[1]
-    assert calls(out)==STEPS and set(outputs(f))=={'recipe.json','inputs.json','log.jsonl','metrics.json','model.safetensors',
+    assert calls(out)==STEPS and set(output_files(f))=={'recipe.json','inputs.json','log.jsonl','metrics.json','model.safetensors',
                                                       'swa.safetensors','snapshots/2.safetensors','snapshots/4.safetensors'}
     return out
 
 SWA = dict(   # what is done to which file; what is done again
     no_snapshot=([('no','snapshots/2.safetensors')], STEPS),                      # only training brings it back
     cut_snapshot=([('cut','snapshots/4.safetensors')], STEPS),
-    cut_snapshot_and_stamp=([('cut','snapshots/4.safetensors'), ('cut',STAMP)], STEPS),
+    cut_snapshot_and_stamp=([('cut','snapshots/4.safetensors'), ('cut',STAMP_FILE)], STEPS),
     no_average=([('no','swa.safetensors')], []),
-    cut_average_and_stamp=([('cut','swa.safetensors'), ('cut',STAMP)], []),
+    cut_average_and_stamp=([('cut','swa.safetensors'), ('cut',STAMP_FILE)], []),
     no_average_no_checkpoint=([('no','swa.safetensors'), ('no','checkpoint.pt')], STEPS),
     no_inputs=([('no','inputs.json')], []),
     no_inputs_no_checkpoint=([('no','inputs.json'), ('no','checkpoint.pt')], []),
-    cut_inputs_and_stamp=([('cut','inputs.json'), ('cut',STAMP)], []),
-    cut_recipe_and_stamp=([('cut','recipe.json'), ('cut',STAMP)], []))
+    cut_inputs_and_stamp=([('cut','inputs.json'), ('cut',STAMP_FILE)], []),
+    cut_recipe_and_stamp=([('cut','recipe.json'), ('cut',STAMP_FILE)], []))
 
 @pytest.mark.parametrize('case', SWA)
 def test_damaged_average_is_mended(case, data, averages, tmp_path):
@@ -331,8 +331,8 @@ def test_damaged_average_is_mended(case, data, averages, tmp_path):
     for how,what in harms: dict(cut=cut, no=Path.unlink)[how](stage_of(out, 'swa')/what)
     _,f,r = averaged(data, out)
     was = averages/f.name
-    assert calls(out)==again and sound(out) and outputs(f)==outputs(was) and read_json(f/'inputs.json')==taken(r)
-    assert [fingerprint(x) for x in sorted(f.rglob('*.safetensors'))]==[fingerprint(x) for x in sorted(was.rglob('*.safetensors'))]
+    assert calls(out)==again and sound(out) and output_files(f)==output_files(was) and read_json(f/'inputs.json')==input_hashes(r)
+    assert [content_hash(x) for x in sorted(f.rglob('*.safetensors'))]==[content_hash(x) for x in sorted(was.rglob('*.safetensors'))]
     assert averaged(data, out)[0].table().state[0]=='found' and calls(out)==[]
 
 @pytest.mark.parametrize('harm,again', [(None,STEPS[3:]), ('snapshots/2.safetensors',STEPS)])
@@ -343,7 +343,7 @@ def test_interrupted_average(harm, again, data, averages, ready_made, tmp_path):
     assert calls(out)==STEPS[:3]
     if harm: (stage_of(out, 'swa')/harm).unlink()
     f = averaged(data, out)[1]
-    assert calls(out)==again and fingerprint(f/'swa.safetensors')==fingerprint(averages/f.name/'swa.safetensors')
+    assert calls(out)==again and content_hash(f/'swa.safetensors')==content_hash(averages/f.name/'swa.safetensors')
 
 def test_inputs_made_again_elsewhere(data, averages, tmp_path):
     "Weights made again tell of other paths: other bytes, the same tensors, the same stage. It is mended, not refused"
@@ -354,11 +354,11 @@ def test_inputs_made_again_elsewhere(data, averages, tmp_path):
     (stage_of(out, 'swa')/'model.safetensors').unlink()
     (stage_of(out, 'swa')/'inputs.json').write_text('{"init": "0"}')
     _,f,r = averaged(data, out)
-    assert f.name==stage_of(averages, 'swa').name and calls(out)==[] and read_json(f/'inputs.json')==taken(r)
+    assert f.name==stage_of(averages, 'swa').name and calls(out)==[] and read_json(f/'inputs.json')==input_hashes(r)
 
 def test_stamp_of_another_stage(data, made):
     a,c = stage_of(made, 'encoder'),stage_of(made, 'brief')
-    shutil.copy(a/STAMP, c/STAMP)
+    shutil.copy(a/STAMP_FILE, c/STAMP_FILE)
     with pytest.raises(ValueError, match="tells of another stage .*stage: 'encoder' there, 'brief' here.*Move or remove") as e: chain(data, made)
     assert calls(made)==[] and "in stage 'brief'" in e.value.__notes__[0]
 
@@ -426,7 +426,7 @@ def test_disk_full_between_files(small, tmp_path):
         with pytest.raises(OSError) as e: Pipeline(out, True).stage('four', four)
         assert e.value.errno==errno.ENOSPC and "in stage 'four'" in e.value.__notes__[0] and calls(tmp_path/'n')==did
         f = stage_of(out, 'four')
-        assert read_stamp(f) is None and outputs(f)==['0.bin','1.bin','2.bin'] and not [*f.glob('.*.part*')]
+        assert read_stamp(f) is None and output_files(f)==['0.bin','1.bin','2.bin'] and not [*f.glob('.*.part*')]
     (d/'ballast').unlink()
     pipe = Pipeline(out, True)
     pipe.stage('four', four)
@@ -437,7 +437,7 @@ def test_disk_full_when_the_stamp_is_written(small):
     def greedy(folder): atomic_write(folder/'x.bin', b'x'*9000); fill(d/'ballast')
     with pytest.raises(OSError) as e: Pipeline(out, True).stage('greedy', greedy)
     f = stage_of(out, 'greedy')
-    assert e.value.errno==errno.ENOSPC and not (f/STAMP).exists() and outputs(f)==['x.bin']
+    assert e.value.errno==errno.ENOSPC and not (f/STAMP_FILE).exists() and output_files(f)==['x.bin']
     (d/'ballast').unlink()
     with pytest.raises(OSError): Pipeline(out, True).stage('greedy', greedy)         # the disk is filled again
     (d/'ballast').unlink()

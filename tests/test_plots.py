@@ -2,7 +2,7 @@
 import matplotlib, matplotlib.pyplot as plt, numpy as np, pytest, torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from udanb.core.types import IGNORE, Sample, normalize
-from udanb.core.labels import CAMVID11, CITYSCAPES19, SPACES
+from udanb.core.labels import CAMVID11, CITYSCAPES19, LABEL_SPACES
 from udanb.core.plots import *
 
 def drawn(fig):
@@ -22,7 +22,7 @@ def make(n=2, hw=(24,40), space=CITYSCAPES19, seed=0):
     return Sample(normalize(g.integers(0,256,(n,*hw,3),dtype=np.uint8)), torch.from_numpy(lbl),
                   torch.from_numpy(g.random((n,*hw)).astype('float32')), tuple('ab'*n)[:n])
 
-@pytest.mark.parametrize('space', SPACES.values(), ids=str)
+@pytest.mark.parametrize('space', LABEL_SPACES.values(), ids=str)
 @pytest.mark.parametrize('hw', [(24,40),(48,16),(32,32)])
 def test_overlay_equals_a_loop(space, hw):
     g = np.random.default_rng(1)

@@ -128,8 +128,8 @@ def test_readme_own_data_snippet(tmp_path):
     import numpy as np
     import yaml
     from PIL import Image
-    from udanb.data.pairs import find_pair
-    from udanb.data.datasets import SegFolder
+    from udanb.data.pairs import get_pair
+    from udanb.data.datasets import SegDataset
 
     snippet = re.search(r'^```yaml\n(.*?)^```', README.read_text(), re.M | re.S)[1]
     p = yaml.safe_load(snippet)
@@ -141,9 +141,9 @@ def test_readme_own_data_snippet(tmp_path):
         photo.save(yard / 'photos' / split / 'monday' / 'a.jpg')
     ids = np.repeat(np.array([1, 2, 9, 9], np.uint8), 24).reshape(8, 12)
     Image.fromarray(ids).save(yard / 'masks' / 'val' / 'monday' / 'a_mask.png')
-    spec = find_pair(p['source'], p['target'], p['datasets']).targets[0]
-    assert len(SegFolder(spec, tmp_path, 'train', labels=False)) == 1  # no label needed
-    val = SegFolder(spec, tmp_path, 'val')
+    spec = get_pair(p['source'], p['target'], p['datasets']).targets[0]
+    assert len(SegDataset(spec, tmp_path, 'train', labels=False)) == 1  # no label needed
+    val = SegDataset(spec, tmp_path, 'val')
     assert [val.label(0)[row, 0] for row in (0, 2, 4, 6)] == [0, 8, 255, 255]
     assert val.margins == (0, 40, 0, 0)
 

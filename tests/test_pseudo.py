@@ -7,25 +7,25 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from torch import nn
 from conftest import ROOT
-from udanb.runs.build import stored
+from udanb.runs.build import pseudo_labelled_target
 from udanb.data.catalog import CAMVID, CITYSCAPES, DATASETS, MAPILLARY, ZEROWASTE_V2
-from udanb.core.types import IGNORE, Out, normalize
+from udanb.core.types import IGNORE, SegOutput, normalize
 from udanb.core.utils import seed_all
 from udanb.core.storage import write_json
-from udanb.data.datasets import LabelFiles, SegFolder, SegSpec
+from udanb.data.datasets import LabelFiles, SegDataset, SegSpec
 from udanb.demo.render import write_demo
-from udanb.core.image_io import read_ids
+from udanb.core.image_io import read_label
 from udanb.inference.predict import predict
-from udanb.core.labels import CAMVID11, CITYSCAPES19, SPACES, ZEROWASTE5
-from udanb.data.loaders import pair_loader
-from udanb.data.custom import fake_tree, own_dataset
-from udanb.inference.export_labels import export_pseudo, sure, thresholds
-from udanb.data.pseudo_labels import labelled, numbers, place, pseudo_sample, pseudo_spec, pseudo_stats, read_rows, read_stamp, show_pseudo
-from udanb.runs.recipe import identity
+from udanb.core.labels import CAMVID11, CITYSCAPES19, LABEL_SPACES, ZEROWASTE5
+from udanb.data.loaders import train_loader
+from udanb.data.custom import parse_dataset_spec, write_dummy_dataset
+from udanb.inference.export_labels import class_thresholds, export_pseudo, threshold_labels
+from udanb.data.pseudo_labels import label_layout, labelled_names, pseudo_sample, pseudo_spec, pseudo_stats, read_export_journal, read_export_record, show_pseudo, stored_ids
+from udanb.runs.recipe import recipe_dict
 from udanb.runs.presets import make_recipe
-from udanb.models.segmentor import segmentor
+from udanb.models.segmentor import create_segmentor
 from udanb.data.class_stats import class_stats
-from udanb.data.transforms import TrainTfm, fit
+from udanb.data.transforms import TrainTransform, resize_keep_ratio
 from udanb.inference.tta import tta
 from udanb.checkpoints.weights import save_weights
 
@@ -36,11 +36,11 @@ class Net(nn.Module):
         seed_all(seed)
         self.conv,self.calls = nn.Conv2d(3, n, 4, stride=4),0
         self.conv.weight.data *= 3
-    def forward(self, img): self.calls += 1; return Out(self.conv(img))
+    def forward(self, img): self.calls += 1; return SegOutput(self.conv(img))
 
 def tree(spec, root, split, space, n=3, size=(48,96), **kw):
-    fake_tree(spec, root, n, size, labels=False)
-    return SegFolder(spec, root, split, space=space, labels=False, **kw)
+    write_dummy_dataset(spec, root, n, size, labels=False)
+    return SegDataset(spec, root, split, space=space, labels=False, **kw)
 
 @pytest.fixture
 def town(tmp_path): return tree(CAMVID, tmp_path, 'train', CAMVID11)
@@ -64,7 +64,7 @@ def naive(net, img, space, threshold=None, size=None):
 def test_thresholds_are_of_the_predicted_class(seed, ts):
     p = torch.randn(5,6,7, generator=torch.Generator().manual_seed(seed)).mul(3).softmax(0)
     names = dict(zip(ZEROWASTE5.classes, ts))
-    lbl,kept,conf = sure(p, thresholds(ZEROWASTE5, names))
+    lbl,kept,conf = threshold_labels(p, class_thresholds(ZEROWASTE5, names))
     for y in range(6):
         for x in range(7):
             c = max(range(5), key=lambda k: p[k,y,x].item())
@@ -72,19 +72,19 @@ def test_thresholds_are_of_the_predicted_class(seed, ts):
 
 def test_a_pixel_at_the_threshold_is_kept():
     p = torch.tensor([.75,.25,0,0,0])[:,None,None]
-    assert sure(p, thresholds(ZEROWASTE5, .75))[1].item()==0 and sure(p, thresholds(ZEROWASTE5, .7501))[1].item()==IGNORE
+    assert threshold_labels(p, class_thresholds(ZEROWASTE5, .75))[1].item()==0 and threshold_labels(p, class_thresholds(ZEROWASTE5, .7501))[1].item()==IGNORE
 
 @pytest.mark.parametrize('bad,why', [(90,'is 90'), (-.1,'is -0.1'), (True,'is True'), (dict(car='much'),'of car is much'),
                                      (dict(cars=.5),"did you mean 'car'"), (float('nan'),'is nan')])
 def test_impossible_thresholds(bad, why):
-    with pytest.raises(ValueError, match=why): thresholds(CAMVID11, bad)
+    with pytest.raises(ValueError, match=why): class_thresholds(CAMVID11, bad)
 
 # ---- files
 @pytest.mark.parametrize('threshold', [None, .4, dict(road=.5, car=.35)])
 def test_files_equal_a_naive_loop(town, tmp_path, threshold):
     net,out = Net(11),tmp_path/'out'
     assert go(net, town, out, CAMVID11, threshold, confidence=True)==out and net.training
-    keys = [town.key(i) for i in range(len(town))]
+    keys = [town.stem(i) for i in range(len(town))]
     names = [f'gtFine/train/{k}_gtFine_labelTrainIds.png' for k in keys]
     assert files(out)==sorted(['pseudo.json','pseudo.jsonl',*names,*(f'confidence/{n}' for n in names)])
     px,kept,conf = (np.zeros(11) for _ in range(3))
@@ -92,7 +92,7 @@ def test_files_equal_a_naive_loop(town, tmp_path, threshold):
         im = Image.open(out/n)
         want,c = naive(net, town.image(i), CAMVID11, threshold)
         assert im.mode=='L' and (np.asarray(im)==want).all() and (np.asarray(Image.open(out/'confidence'/n))==np.round(c*255)).all()
-        every,row = naive(net, town.image(i), CAMVID11)[0],read_rows(out)[town.names[i]]
+        every,row = naive(net, town.image(i), CAMVID11)[0],read_export_journal(out)[town.names[i]]
         for k,t in enumerate(CAMVID11.train_ids):
             assert row['px'][k]==(every==t).sum() and row['kept'][k]==(want==t).sum()
             assert abs(row['conf'][k]-(c[every==t].mean() if (every==t).any() else 0))<1e-5
@@ -108,25 +108,25 @@ def test_files_equal_a_naive_loop(town, tmp_path, threshold):
 def test_network_size_modes_and_views(town, tmp_path):
     "Whatever the network sees, labels have the size of the file"
     net = Net(11)
-    small = partial(fit, size=(24,48))
+    small = partial(resize_keep_ratio, size=(24,48))
     a = go(net, town, tmp_path/'a', CAMVID11, tfm=small)
     b = go(net, town, tmp_path/'b', CAMVID11, mode=partial(tta, ratios=(.5,1.), flip=True))
     c = go(net, town, tmp_path/'c', CAMVID11, mode='slide', crop=32, stride=16)
     f = [x for x in files(a) if x.endswith('.png')][0]
-    assert (read_ids(a/f)==naive(net, small(town.image(0)), CAMVID11, size=(48,96))[0]).all()
+    assert (read_label(a/f)==naive(net, small(town.image(0)), CAMVID11, size=(48,96))[0]).all()
     want = np.array(CAMVID11.train_ids)[tta(net, normalize(town.image(0))[None], (.5,1.))[0].argmax(0).numpy()]
-    assert (read_ids(b/f)==want).all() and read_ids(c/f).shape==(48,96) and (read_ids(c/f)!=want).any()
-    assert 'ratios=(0.5, 1.0)' in read_stamp(b)['mode'] and 'size=(24, 48)' in read_stamp(a)['tfm']
+    assert (read_label(b/f)==want).all() and read_label(c/f).shape==(48,96) and (read_label(c/f)!=want).any()
+    assert 'ratios=(0.5, 1.0)' in read_export_record(b)['mode'] and 'size=(24, 48)' in read_export_record(a)['tfm']
 
 def test_a_dataset_read_at_half_its_size(tmp_path):
     "Mapillary's val is read at half size: its pseudo-labels have the files' size, and come back at half"
     f = tree(MAPILLARY, tmp_path, 'val', CITYSCAPES19)
     out = go(Net(19), f, tmp_path/'out', CITYSCAPES19)
-    back = SegFolder(pseudo_spec(MAPILLARY, out, CITYSCAPES19), tmp_path, 'val', space=CITYSCAPES19)
-    assert f.image(0).shape[:2]==(24,48)==back.label(0).shape and read_ids(back.label_path(0)).shape==(48,96)
+    back = SegDataset(pseudo_spec(MAPILLARY, out, CITYSCAPES19), tmp_path, 'val', space=CITYSCAPES19)
+    assert f.image(0).shape[:2]==(24,48)==back.label(0).shape and read_label(back.label_path(0)).shape==(48,96)
 
 # ---- round trips
-def own(**kw): return own_dataset('mine', dict(images='pics/{split}/*.jpg', splits=dict(train='a', test='b'),
+def own(**kw): return parse_dataset_spec('mine', dict(images='pics/{split}/*.jpg', splits=dict(train='a', test='b'),
                                              space=dict(name='fruit', classes=['leaf','apple','pear'])) | kw)
 CASES = dict(cityscapes=(CITYSCAPES,'train',CITYSCAPES19), camvid=(CAMVID,'val',CAMVID11),
              zerowaste=(ZEROWASTE_V2,'test',ZEROWASTE5), zerowaste_all=(ZEROWASTE_V2,'train',ZEROWASTE5),
@@ -140,12 +140,12 @@ def test_round_trip_into_training(tmp_path, case):
     probs = [predict(net, normalize(f.image(i))[None])[0] for i in range(len(f))]
     t = float(np.median(np.concatenate([p.max(0)[0].numpy().ravel() for p in probs])))
     out = go(net, f, tmp_path/'{odd} out', space, t)
-    back = SegFolder(pseudo_spec(spec, out, space), tmp_path/'data', split, space=space)
+    back = SegDataset(pseudo_spec(spec, out, space), tmp_path/'data', split, space=space)
     assert back.names==f.names and len(back)>=3 and all(back.label_path(i).is_relative_to(out) for i in range(len(back)))
     for i,p in enumerate(probs): assert (back.image(i)==f.image(i)).all() and (back.label(i)==torch.where(p.max(0)[0]<t, IGNORE, p.max(0)[1]).numpy()).all()
     assert .3<np.mean([back.label(i)==IGNORE for i in range(len(back))])<.6
-    tfm = TrainTfm(crop=(32,32))
-    batch = next(iter(pair_loader(back, None, tfm, tfm, 2, 0, steps=1)))
+    tfm = TrainTransform(crop=(32,32))
+    batch = next(iter(train_loader(back, None, tfm, tfm, 2, 0, steps=1)))
     assert batch.src.lbl.shape==(2,32,32) and set(batch.src.lbl.unique().tolist())<={*range(len(space)),IGNORE}
     x = pseudo_sample(f, out, [0,2], space)
     assert x.wgt is None and (x.lbl[1].numpy()==back.label(2)).all()
@@ -153,16 +153,16 @@ def test_round_trip_into_training(tmp_path, case):
 def test_rare_class_sampling_counts_what_was_kept(town, tmp_path):
     "Statistics of pseudo-labels lie with them, and nothing is put beside the dataset"
     out = go(Net(11), town, tmp_path/'out', CAMVID11, .4)
-    back = SegFolder(pseudo_spec(CAMVID, out, CAMVID11), tmp_path, space=CAMVID11)
+    back = SegDataset(pseudo_spec(CAMVID, out, CAMVID11), tmp_path, space=CAMVID11)
     for _ in range(2):
         counted = class_stats(back, quiet=True)                                                    # the second time from the file
-        assert [sum(n.get(c,0) for _,n in counted) for c in range(11)]==np.array([r['kept'] for r in read_rows(out).values()]).sum(0).tolist()
+        assert [sum(n.get(c,0) for _,n in counted) for c in range(11)]==np.array([r['kept'] for r in read_export_journal(out).values()]).sum(0).tolist()
     assert (out/'.class_stats.json').exists() and not list((tmp_path/'camvid').rglob('*class_stats*'))
 
 @pytest.mark.parametrize('name', DATASETS)
 def test_every_dataset_has_a_place(name):
     spec = DATASETS[name]
-    folder,suffix = place(spec, spec.space)
+    folder,suffix = label_layout(spec, spec.space)
     assert suffix.lower().endswith('.png') and any((k.folder,k.suffix)==(folder,suffix) for k in spec.labels)
     if spec.space.name!='zerowaste5' and name not in ('bdd100k',): assert 'labelTrainIds' in suffix    # never train ids under a name that says label ids
 
@@ -170,11 +170,11 @@ def test_places_without_fitting_kinds():
     ids = {7:0, 8:1, 11:2}
     kind = lambda suffix,**kw: LabelFiles('gt/{split}', suffix, ids, **kw)
     spec = SegSpec('x', 'x', 'images', ('.png',), (kind('_polygons.json', read=print), kind('_ids.png')))
-    assert place(spec, CITYSCAPES19)==('gt/{split}','_polygons.png') and place(replace(spec, labels=(kind('.PNG'),)), CITYSCAPES19)==('gt/{split}','.PNG')
+    assert label_layout(spec, CITYSCAPES19)==('gt/{split}','_polygons.png') and label_layout(replace(spec, labels=(kind('.PNG'),)), CITYSCAPES19)==('gt/{split}','.PNG')
     rgb = LabelFiles('colour', '.png', {i:i for i in range(19)}, read=print)                     # holds colours: not the same numbers
-    assert place(replace(spec, labels=(rgb,LabelFiles('ids', '_t.png', {i:i for i in range(19)}))), CITYSCAPES19)==('ids','_t.png')
-    assert place(replace(spec, labels=()), CITYSCAPES19)==('labels/{split}','.png')
-    assert [numbers(s)[:3] for s in SPACES.values()]==[(0,1,2)]*5 and numbers(CAMVID11)[-1]==18
+    assert label_layout(replace(spec, labels=(rgb,LabelFiles('ids', '_t.png', {i:i for i in range(19)}))), CITYSCAPES19)==('ids','_t.png')
+    assert label_layout(replace(spec, labels=()), CITYSCAPES19)==('labels/{split}','.png')
+    assert [stored_ids(s)[:3] for s in LABEL_SPACES.values()]==[(0,1,2)]*5 and stored_ids(CAMVID11)[-1]==18
 
 def test_a_folder_is_of_one_split(tmp_path):
     "A run asks the folder which split it is to open"
@@ -187,7 +187,7 @@ def test_a_run_can_learn_them_in_other_spaces(town, tmp_path):
     "Labels of eleven classes, opened with the nineteen they are part of"
     out = go(Net(11), town, tmp_path/'out', CAMVID11)
     spec = pseudo_spec(CAMVID, out, CAMVID11)
-    a,b = SegFolder(spec, tmp_path, space=CAMVID11),SegFolder(spec, tmp_path, space=CITYSCAPES19)
+    a,b = SegDataset(spec, tmp_path, space=CAMVID11),SegDataset(spec, tmp_path, space=CITYSCAPES19)
     assert (np.array(CAMVID11.train_ids)[a.label(0)]==b.label(0)).all()
 
 # ---- what goes wrong
@@ -224,7 +224,7 @@ def test_other_settings_are_refused(town, tmp_path):
     before = {f: (out/f).stat().st_mtime_ns for f in files(out)}
     for kw,why in ((dict(threshold=.5),"threshold {.*0.4.*then, {.*0.5.*now"), (dict(threshold=.4, confidence=True),'confidence False then, True now'),
                    (dict(threshold=.4, mode='slide', crop=32),'mode whole then, slide now, crop None then, 32 now'),
-                   (dict(threshold=.4, tfm=partial(fit, size=(24,48))),'tfm None then')):
+                   (dict(threshold=.4, tfm=partial(resize_keep_ratio, size=(24,48))),'tfm None then')):
         with pytest.raises(ValueError, match=f'made differently .{why}'): go(net, town, out, CAMVID11, **kw)
     with pytest.raises(ValueError, match='weights .{8} then'): go(Net(11, 1), town, out, CAMVID11, .4)
     go(net, town, out, CAMVID11, dict.fromkeys(CAMVID11.classes, .4))                             # the same thresholds, said otherwise
@@ -243,7 +243,7 @@ def test_a_lost_record(town, tmp_path):
     want = go(Net(11, 1), town, tmp_path/'want', CAMVID11, .5)
     assert {f: (out/f).read_bytes() for f in files(out)}=={f: (want/f).read_bytes() for f in files(want)}
     mine = tmp_path/'mine.png'; mine.write_bytes(b'mine')
-    row = read_rows(out)[town.names[0]]
+    row = read_export_journal(out)[town.names[0]]
     with open(out/'pseudo.jsonl', 'a') as f: f.write(json.dumps(row | dict(name='x', bytes={'../mine.png':4, str(mine):4}))+'\n')
     (out/'pseudo.json').unlink(); go(net, town, out, CAMVID11, .4, confidence=True)
     assert mine.read_bytes()==b'mine' and {f: (out/f).read_bytes() for f in files(out)}==whole
@@ -264,7 +264,7 @@ class Halt(Net):
 
 def test_an_unfinished_export_is_not_learned(tmp_path):
     f = tree(CAMVID, tmp_path, 'train', CAMVID11, 5)
-    take = lambda out,**kw: stored(recipe(out, **kw), CAMVID, tmp_path, out)
+    take = lambda out,**kw: pseudo_labelled_target(recipe(out, **kw), CAMVID, tmp_path, out)
     n,out = len(f),tmp_path/'out'
     with pytest.raises(KeyboardInterrupt): go(Halt(11), f, out, CAMVID11)
     for kw in ({}, dict(skip_broken=True), dict(limit=2)):
@@ -273,7 +273,7 @@ def test_an_unfinished_export_is_not_learned(tmp_path):
     two = take(tmp_path/'two')
     assert two.names==f.names[:2] and two.skipped=={} and len(take(tmp_path/'two', limit=1))==1
     go(Net(11), f, out, CAMVID11)
-    assert take(out).names==f.names and len(take(out, limit=3))==3 and read_stamp(out)['images']==n
+    assert take(out).names==f.names and len(take(out, limit=3))==3 and read_export_record(out)['images']==n
     go(Net(11), replace_names(f, 2), out, CAMVID11)                                                # fewer asked for later: nothing is lost
     assert take(out).names==f.names
     halt = Halt(11); halt.calls = 1
@@ -281,15 +281,15 @@ def test_an_unfinished_export_is_not_learned(tmp_path):
     with pytest.raises(ValueError, match=f'two holds 3 of {n} labels'): take(tmp_path/'two')       # a larger limit, begun
     labels = [x for x in files(out) if x.startswith('gtFine')]
     Image.fromarray(np.zeros((48,96), np.uint8)).save(out/labels[0])                               # corrected by hand: another size on disk
-    assert (take(out).label(0)==0).all() and labelled(out)==f.names
+    assert (take(out).label(0)==0).all() and labelled_names(out)==f.names
     (out/labels[1]).unlink()
     with pytest.raises(ValueError, match=f'out holds {n-1} of {n} labels'): take(out)
-    write_json(out/'pseudo.json', {k:v for k,v in read_stamp(out).items() if k!='images'})          # as an earlier version wrote it
+    write_json(out/'pseudo.json', {k:v for k,v in read_export_record(out).items() if k!='images'})          # as an earlier version wrote it
     with pytest.raises(ValueError, match='of an unknown number of labels'): take(out)
     go(Net(11), f, out, CAMVID11)
     assert len(take(out))==n
 
-def replace_names(f, n): return SegFolder(f.spec, f.root.parent, f.split, f.space, labels=False, limit=n)
+def replace_names(f, n): return SegDataset(f.spec, f.root.parent, f.split, f.space, labels=False, limit=n)
 
 def test_broken_images_are_left_out(tmp_path):
     "With a reason that names no folder; they are missing in training, and the count is right all the same, also after a kill"
@@ -299,25 +299,25 @@ def test_broken_images_are_left_out(tmp_path):
     with pytest.raises(ValueError, match=f'{bad.name}: broken image file'): go(net, f, tmp_path/'out', CAMVID11)
     with pytest.raises(KeyboardInterrupt): go(Halt(11), f, tmp_path/'killed', CAMVID11, skip_broken=True)
     with pytest.raises(ValueError, match=f'killed holds 2 of {n} labels'):
-        stored(recipe(tmp_path/'killed', skip_broken=True), CAMVID, tmp_path, tmp_path/'killed')
+        pseudo_labelled_target(recipe(tmp_path/'killed', skip_broken=True), CAMVID, tmp_path, tmp_path/'killed')
     for k in ('out','killed','once'):
         with pytest.warns(UserWarning, match=f'1 of {n} images .* left out .skip_broken.: {f.names[1]}'):
             out = go(net, f, tmp_path/k, CAMVID11, skip_broken=True)
-        stamp = read_stamp(out)
-        assert stamp['images']==n-1==len(read_rows(out)) and list(stamp['skipped'])==[f.names[1]] and str(tmp_path) not in str(stamp)
+        stamp = read_export_record(out)
+        assert stamp['images']==n-1==len(read_export_journal(out)) and list(stamp['skipped'])==[f.names[1]] and str(tmp_path) not in str(stamp)
         assert stamp['skipped'][f.names[1]].startswith(f'{f.names[1]}: broken image file')
         for skip in (False,True):
-            back = stored(recipe(out, skip_broken=skip), CAMVID, tmp_path, out)
+            back = pseudo_labelled_target(recipe(out, skip_broken=skip), CAMVID, tmp_path, out)
             assert back.names==[x for x in f.names if x!=f.names[1]] and back.skipped==stamp['skipped']
     before = {x: (out/x).stat().st_mtime_ns for x in files(out) if x.endswith('.png')}
     bad.write_bytes(whole_file)
     go(net, f, out, CAMVID11)
-    assert len(labelled(out))==n and 'skipped' not in read_stamp(out) and all((out/x).stat().st_mtime_ns==t for x,t in before.items())
+    assert len(labelled_names(out))==n and 'skipped' not in read_export_record(out) and all((out/x).stat().st_mtime_ns==t for x,t in before.items())
     for i in range(n): f.path(i).write_bytes(b'')
     with pytest.raises(ValueError, match=f'none of {n} images can be read'): go(net, f, tmp_path/'none', CAMVID11, skip_broken=True)
 
 def test_nothing_foreign_is_overwritten(town, tmp_path):
-    net,mine = Net(11),tmp_path/'out'/'gtFine'/'train'/f'{town.key(1)}_gtFine_labelTrainIds.png'
+    net,mine = Net(11),tmp_path/'out'/'gtFine'/'train'/f'{town.stem(1)}_gtFine_labelTrainIds.png'
     mine.parent.mkdir(parents=True); mine.write_bytes(b'drawn by hand')
     with pytest.raises(FileExistsError, match='was not written by export_pseudo'): go(net, town, tmp_path/'out', CAMVID11)
     for inside in ('camvid','camvid/leftImg8bit/auto'):
@@ -325,11 +325,11 @@ def test_nothing_foreign_is_overwritten(town, tmp_path):
     assert mine.read_bytes()==b'drawn by hand' and len(files(tmp_path/'out'))==1 and net.calls==0
 
 def test_twins_are_refused(tmp_path):
-    spec = own_dataset('mine', dict(images=['pics/*.jpg','pics/*.png'], space='zerowaste5'))
+    spec = parse_dataset_spec('mine', dict(images=['pics/*.jpg','pics/*.png'], space='zerowaste5'))
     (tmp_path/'mine'/'pics').mkdir(parents=True)
     for e in ('jpg','png'): Image.new('RGB', (16,16)).save(tmp_path/'mine'/'pics'/f'a.{e}')
     with pytest.raises(ValueError, match='a.jpg and pics/a.png would both be labelled by'):
-        go(Net(5), SegFolder(spec, tmp_path, labels=False), tmp_path/'out', ZEROWASTE5)
+        go(Net(5), SegDataset(spec, tmp_path, labels=False), tmp_path/'out', ZEROWASTE5)
 
 def test_networks_that_do_not_fit(town, tmp_path):
     name = town.names[0]
@@ -337,7 +337,7 @@ def test_networks_that_do_not_fit(town, tmp_path):
     net = Net(11); net.conv.bias.data[3] = torch.nan
     for k,mode in enumerate(('whole', partial(tta, ratios=(1.,)))):
         with pytest.raises(FloatingPointError, match=name): go(net, town, tmp_path/f'nan{k}', CAMVID11, mode=mode)
-        assert files(tmp_path/f'nan{k}')==['pseudo.json','pseudo.jsonl'] and not read_rows(tmp_path/f'nan{k}')
+        assert files(tmp_path/f'nan{k}')==['pseudo.json','pseudo.jsonl'] and not read_export_journal(tmp_path/f'nan{k}')
 
 def test_descriptions_that_do_not_fit(town, tmp_path):
     out = go(Net(11), town, tmp_path/'out', CAMVID11)
@@ -345,15 +345,15 @@ def test_descriptions_that_do_not_fit(town, tmp_path):
     with pytest.raises(ValueError, match='have the classes'): pseudo_spec(CAMVID, out, ZEROWASTE5)
     with pytest.raises(FileNotFoundError, match='no pseudo.json; write them with'): pseudo_spec(CAMVID, tmp_path, CAMVID11)
     (out/[f for f in files(out) if f.startswith('gtFine')][0]).unlink()
-    with pytest.raises(ValueError, match='1 of 3 images .* have no label'): SegFolder(pseudo_spec(CAMVID, out, CAMVID11), tmp_path, space=CAMVID11)
+    with pytest.raises(ValueError, match='1 of 3 images .* have no label'): SegDataset(pseudo_spec(CAMVID, out, CAMVID11), tmp_path, space=CAMVID11)
 
 # ---- killed
 SCRIPT = '''
 import sys, time, torch
 from torch import nn
 from udanb.data.catalog import CAMVID
-from udanb.core.types import Out, seed_all
-from udanb.data.datasets import SegFolder
+from udanb.core.types import SegOutput, seed_all
+from udanb.data.datasets import SegDataset
 from udanb.core.labels import CAMVID11
 from udanb.inference.export_labels import export_pseudo
 class Slow(nn.Module):
@@ -362,8 +362,8 @@ class Slow(nn.Module):
         seed_all(0)
         self.conv = nn.Conv2d(3, 11, 4, stride=4)
         self.conv.weight.data *= 3
-    def forward(self, img): time.sleep(.03); return Out(self.conv(img))
-f = SegFolder(CAMVID, sys.argv[1], 'train', space=CAMVID11, labels=False)
+    def forward(self, img): time.sleep(.03); return SegOutput(self.conv(img))
+f = SegDataset(CAMVID, sys.argv[1], 'train', space=CAMVID11, labels=False)
 export_pseudo(Slow(), f, sys.argv[2], CAMVID11, .4, confidence=True, quiet=True)
 '''
 def test_a_killed_export_goes_on(tmp_path):
@@ -374,14 +374,14 @@ def test_a_killed_export_goes_on(tmp_path):
     begin = lambda: subprocess.Popen([sys.executable, '-c', SCRIPT, tmp_path/'data', tmp_path/'out'], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
     for stop in (8, 25):
         p,t0 = begin(),time.time()
-        while len(read_rows(tmp_path/'out'))<stop:
+        while len(read_export_journal(tmp_path/'out'))<stop:
             assert p.poll() is None and time.time()-t0<120, p.stderr.read() if p.poll() is not None else 'too slow'
             time.sleep(.005)
         p.send_signal(signal.SIGKILL); p.wait()
-        done = len(read_rows(tmp_path/'out'))
+        done = len(read_export_journal(tmp_path/'out'))
         assert stop<=done<n
-        for r in read_rows(tmp_path/'out').values():                                                 # a row never comes before its files
-            for name,size in r['bytes'].items(): assert (tmp_path/'out'/name).stat().st_size==size and read_ids(tmp_path/'out'/name).shape==(48,96)
+        for r in read_export_journal(tmp_path/'out').values():                                                 # a row never comes before its files
+            for name,size in r['bytes'].items(): assert (tmp_path/'out'/name).stat().st_size==size and read_label(tmp_path/'out'/name).shape==(48,96)
     net = Net(11)
     go(net, f, tmp_path/'out', CAMVID11, .4, confidence=True)
     assert net.calls==n-done
@@ -398,10 +398,10 @@ def test_a_full_disk(town, tmp_path):
         f = tree(CAMVID, tmp_path, 'train', CAMVID11, 24)
         with pytest.raises(OSError) as e: go(Net(11), f, disk/'out', CAMVID11, confidence=True)
         assert e.value.errno==errno.ENOSPC
-        rows = read_rows(disk/'out')
+        rows = read_export_journal(disk/'out')
         assert 0<len(rows)<24 and not list((disk/'out').rglob('.*part*'))
         for r in rows.values():
-            for x,size in r['bytes'].items(): assert (disk/'out'/x).stat().st_size==size and read_ids(disk/'out'/x).shape==(48,96)
+            for x,size in r['bytes'].items(): assert (disk/'out'/x).stat().st_size==size and read_label(disk/'out'/x).shape==(48,96)
         assert mount('-o', 'remount,size=4m')==0
         net = Net(11)
         out = go(net, f, disk/'out', CAMVID11, confidence=True)
@@ -428,9 +428,9 @@ def run(tmp_path_factory):
     "A run's folder with an untrained network, and the demo it was trained on"
     root = tmp_path_factory.mktemp('run')
     seed_all(0)
-    r,net = make_recipe('dacs', 'demo', over=dict(backbone='mit_b0', weights=None, dim=16, fit=(32,64))),segmentor('mit_b0', 19, dim=16)
-    write_json(root/'run'/'recipe.json', identity(r))
-    save_weights(root/'run'/'model.safetensors', net, dict(recipe=identity(r), classes=CITYSCAPES19.classes))
+    r,net = make_recipe('dacs', 'demo', over=dict(backbone='mit_b0', weights=None, dim=16, fit=(32,64))),create_segmentor('mit_b0', 19, dim=16)
+    write_json(root/'run'/'recipe.json', recipe_dict(r))
+    save_weights(root/'run'/'model.safetensors', net, dict(recipe=recipe_dict(r), classes=CITYSCAPES19.classes))
     write_demo(root/'data'/'demo', n_source=1, n_target=3, n_val=2, size=(64,128), quiet=True)
     return root
 
@@ -448,17 +448,17 @@ def test_notebook_writes_what_the_function_writes(run, tmp_path):
     "Plain and with two views, split val; a soup's file is as good as a run; statistics are those of the page"
     kw = dict(run=str(run/'run'), data_root=str(run/'data'), split='val')
     a = notebook(**kw, threshold=dict(sky=.06), out=str(tmp_path/'a'))
-    f = SegFolder(DATASETS['demo_target'], run/'data', 'val', labels=False)
-    want = go(a['net'], f, tmp_path/'want', CITYSCAPES19, dict(sky=.06), tfm=partial(fit, size=(32,64)))
+    f = SegDataset(DATASETS['demo_target'], run/'data', 'val', labels=False)
+    want = go(a['net'], f, tmp_path/'want', CITYSCAPES19, dict(sky=.06), tfm=partial(resize_keep_ratio, size=(32,64)))
     labels = [x for x in files(want) if x.endswith('.png')]
-    assert len(labels)==2 and all((want/x).read_bytes()==(tmp_path/'a'/x).read_bytes() for x in labels) and read_stamp(want)==read_stamp(tmp_path/'a')
+    assert len(labels)==2 and all((want/x).read_bytes()==(tmp_path/'a'/x).read_bytes() for x in labels) and read_export_record(want)==read_export_record(tmp_path/'a')
     stats = pd.read_csv(tmp_path/'a'/'stats.csv')
     np.testing.assert_allclose(stats.coverage, pseudo_stats(want).coverage, atol=1e-3)
     shutil.copy(run/'run'/'model.safetensors', tmp_path/'uniform.safetensors')
     b = notebook(**kw | dict(run=str(tmp_path/'uniform.safetensors')), threshold=None, ratios=[.5,1.], flip=True, limit=1, out=str(tmp_path/'b'))
     px = f.image(0)
     got = tta(b['net'], normalize(px)[None], (.5,1.), True, size=(32,64))[0].argmax(0).numpy()
-    assert (read_ids(tmp_path/'b'/labels[0])==got).all() and len(read_rows(tmp_path/'b'))==1
+    assert (read_label(tmp_path/'b'/labels[0])==got).all() and len(read_export_journal(tmp_path/'b'))==1
 
 def test_notebook_names_bad_input(run, tmp_path):
     def fails(kind, match, **kw):

@@ -4,10 +4,10 @@ from collections import OrderedDict
 import numpy as np, pytest, torch
 from timm.optim import param_groups_layer_decay
 from safetensors.torch import save_file
-from udanb.models.backbones import backbone
+from udanb.models.backbones import create_backbone
 from udanb.models.hrda import HRDA
-from udanb.models.released import load_published, looks_like, respell
-from udanb.models.segmentor import param_groups, segmentor
+from udanb.models.released import identify_architecture, load_published, normalize_names
+from udanb.models.segmentor import create_segmentor, param_groups
 from udanb.models.released import published_keys, to_published
 
 def gold(golden, v):
@@ -57,7 +57,7 @@ def test_daformer_each_network_of_the_file(golden, tmp_path, which):
     shapes = gold(golden, 'b0')
     nets = dict(model=fill(shapes, 1), ema_model=fill(shapes, 2), imnet_model=fill(shapes, 3))
     f = mmcv(tmp_path/'daformer.pth', **nets)
-    net = segmentor('mit_b0', 19)
+    net = create_segmentor('mit_b0', 19)
     r = load_published(net, f, which)
     want = nets[dict(student='model', teacher='ema_model', imagenet='imnet_model')[which]]
     own = net.state_dict()
@@ -69,16 +69,16 @@ def test_daformer_each_network_of_the_file(golden, tmp_path, which):
 def test_b5_by_names_and_shapes_alone(golden):
     "The released DAFormer is MiT-B5; on the meta device its 81 million parameters cost nothing"
     shapes = gold(golden, 'b5')
-    kind = looks_like({k: torch.empty(s, device='meta') for k,s in shapes.items()})
+    kind = identify_architecture({k: torch.empty(s, device='meta') for k,s in shapes.items()})
     assert kind==dict(backbone='mit_b5', head='daformer', n_classes=19, dim=256, ch=256)
-    net = segmentor('mit_b5', 19)
+    net = create_segmentor('mit_b5', 19)
     assert {n: tuple(net.state_dict()[k].shape) for k,n in published_keys(net).items()}==shapes
 
 def test_stripped_and_safetensors(golden, tmp_path):
     want = fill(gold(golden, 'b0'), 4)
     save_file(dict(want), tmp_path/'a.safetensors'); torch.save(want, tmp_path/'b.pth'); mmcv(tmp_path/'c.pth', **{'': want})
     for f in ('a.safetensors','b.pth','c.pth'):
-        net = segmentor('mit_b0', 19)
+        net = create_segmentor('mit_b0', 19)
         load_published(net, tmp_path/f)
         assert all(v.equal(want[k]) for k,v in to_published(net).items())
         with pytest.raises(ValueError, match='no teacher in it; it holds one network'): load_published(net, tmp_path/f, 'teacher')
@@ -95,21 +95,21 @@ def unchanged(net, f, match, which='student'):
     return str(e.value)
 
 def test_left_over_missing_and_other_shapes(b0, tmp_path):
-    net,f = segmentor('mit_b0', 19),tmp_path/'x.pth'
+    net,f = create_segmentor('mit_b0', 19),tmp_path/'x.pth'
     extra = b0 | {'auxiliary_head.conv_seg.bias': torch.zeros(19)}
     unchanged(net, mmcv(f, model=extra), r'(?s)x\.pth does not fit.*1 unexpected: auxiliary_head\.conv_seg\.bias')
     unchanged(net, mmcv(f, model={k: v for k,v in b0.items() if k!='backbone.norm3.bias'}), r'1 missing: backbone\.norm3\.bias')
-    say = unchanged(segmentor('mit_b0', 11), mmcv(f, model=b0), r'2 mismatching: decode_head\.conv_seg')
-    assert "19x256x1x1 in the file, 11x256x1x1 in the network" in say and "segmentor('mit_b0', 19, 'daformer', dim=256, ch=256); build that" in say
-    say = unchanged(segmentor('mit_b1', 19), f, 'does not fit')
-    assert "looks like segmentor('mit_b0'" in say and '…' in say
+    say = unchanged(create_segmentor('mit_b0', 11), mmcv(f, model=b0), r'2 mismatching: decode_head\.conv_seg')
+    assert "19x256x1x1 in the file, 11x256x1x1 in the network" in say and "create_segmentor('mit_b0', 19, 'daformer', dim=256, ch=256); build that" in say
+    say = unchanged(create_segmentor('mit_b1', 19), f, 'does not fit')
+    assert "looks like create_segmentor('mit_b0'" in say and '…' in say
     unchanged(net, mmcv(f, model=b0, **{'': {'bank.feat': torch.zeros(3)}}), r'1 names belong to none of its networks \(student\): bank.feat')
     unchanged(net, mmcv(f, ema_model=b0), 'there is no student in it; it holds teacher')
     unchanged(net, mmcv(f, model={'layers.0.1.weight': torch.zeros(3)}), 'Nothing in it is recognised')
 
 def test_unknown_entry_beside_the_state_dict(b0, tmp_path):
     torch.save(dict(state_dict=b0, state_dict_ema=b0), tmp_path/'x.pth')
-    unchanged(segmentor('mit_b0', 19), tmp_path/'x.pth', 'unknown entries state_dict_ema beside meta')
+    unchanged(create_segmentor('mit_b0', 19), tmp_path/'x.pth', 'unknown entries state_dict_ema beside meta')
 
 class Trap:
     def __init__(self, path): self.path = path
@@ -118,36 +118,36 @@ class Trap:
 @pytest.mark.parametrize('zipped', [True, False])
 def test_code_is_refused_and_not_run(b0, tmp_path, zipped):
     torch.save(dict(meta=dict(hook=Trap(str(tmp_path/'sprung'))), state_dict=b0), tmp_path/'x.pth', _use_new_zipfile_serialization=zipped)
-    unchanged(segmentor('mit_b0', 19), tmp_path/'x.pth', r'x\.pth: holds more than tensors and could run code.*save only the tensors')
+    unchanged(create_segmentor('mit_b0', 19), tmp_path/'x.pth', r'x\.pth: holds more than tensors and could run code.*save only the tensors')
     assert not (tmp_path/'sprung').exists()
 
 def test_damaged_and_missing_files(b0, tmp_path):
     f = mmcv(tmp_path/'x.pth', model=b0)
     f.write_bytes(f.read_bytes()[:5000])
-    unchanged(segmentor('mit_b0', 19), f, r'x\.pth: not a whole torch file')
+    unchanged(create_segmentor('mit_b0', 19), f, r'x\.pth: not a whole torch file')
     (tmp_path/'x.safetensors').write_bytes(b'\0'*9)
-    unchanged(segmentor('mit_b0', 19), tmp_path/'x.safetensors', 'not a whole safetensors file')
-    with pytest.raises(FileNotFoundError, match='nothere.pth'): load_published(segmentor('mit_b0', 19), tmp_path/'nothere.pth')
+    unchanged(create_segmentor('mit_b0', 19), tmp_path/'x.safetensors', 'not a whole safetensors file')
+    with pytest.raises(FileNotFoundError, match='nothere.pth'): load_published(create_segmentor('mit_b0', 19), tmp_path/'nothere.pth')
     for bad in ([1,2], {}, dict(state_dict=dict(a=1))):
         torch.save(bad, f)
-        unchanged(segmentor('mit_b0', 19), f, 'not a dictionary of tensors')
+        unchanged(create_segmentor('mit_b0', 19), f, 'not a dictionary of tensors')
 
 # ---- encoder files: SegFormer's mit_b*.pth, open-mmlab's resnet*_v1c
 
 def test_mit_encoder_file(b0, tmp_path):
     enc = {k.removeprefix('backbone.'): v for k,v in b0.items() if k.startswith('backbone.')}
     torch.save(enc | {'head.weight': torch.zeros(1000,256), 'head.bias': torch.zeros(1000)}, tmp_path/'mit_b0.pth')
-    net = segmentor('mit_b0', 19)
+    net = create_segmentor('mit_b0', 19)
     assert load_published(net.backbone, tmp_path/'mit_b0.pth')['ignored']==['head.weight','head.bias']
     assert all(v.equal(enc[k.removeprefix('body.')]) for k,v in net.backbone.state_dict().items())
-    unchanged(net, tmp_path/'mit_b0.pth', "(?s)only an encoder: segmentor.'mit_b0', weights=.*mit_b0.pth")
+    unchanged(net, tmp_path/'mit_b0.pth', "(?s)only an encoder: create_segmentor.'mit_b0', weights=.*mit_b0.pth")
     unchanged(net.backbone, mmcv(tmp_path/'whole.pth', model=b0), 'holds a whole segmentor')
 
 def test_resnet_v1c(tmp_path):
     want = fill(resnet_v1c((3,4,6,3), ''), 6)
     torch.save(dict(want) | {'fc.weight': torch.zeros(1000,2048), 'fc.bias': torch.zeros(1000)}, tmp_path/'resnet50_v1c.pth')
-    enc = backbone('resnet50_os8')
-    assert load_published(enc, tmp_path/'resnet50_v1c.pth')['ignored']==['fc.weight','fc.bias'] and looks_like(want)['backbone']=='resnet50_os8'
+    enc = create_backbone('resnet50_os8')
+    assert load_published(enc, tmp_path/'resnet50_v1c.pth')['ignored']==['fc.weight','fc.bias'] and identify_architecture(want)['backbone']=='resnet50_os8'
     own = enc.state_dict()
     for k,v in want.items():
         ours = k.replace('stem.7.', 'bn1.') if k.startswith('stem.7') else k.replace('stem.', 'conv1.') if k.startswith('stem') else k
@@ -161,7 +161,7 @@ def test_other_families_are_recognised():
     seg = emb | conv_bn('decode_head.linear_fuse', 3072, 768) | {'decode_head.linear_pred.weight': (19,768,1,1), 'decode_head.conv_seg.weight': (19,128,1,1)}
     aspp = {f'decode_head.aspp_modules.{i}.conv.{k}': (19,2048,3,3)[:4-3*(k=='bias')] for i in (0,1) for k in ('weight','bias')}
     ddb = conv_bn('decode_head.aspp_modules.0', 2048, 128, 3) | conv_bn('decode_head.bottleneck', 256, 256, 3) | {'decode_head.conv_seg.weight': (19,256,1,1)}
-    see = lambda shapes: looks_like({k: torch.empty(s, device='meta') for k,s in shapes.items()})
+    see = lambda shapes: identify_architecture({k: torch.empty(s, device='meta') for k,s in shapes.items()})
     assert see(seg)==dict(head='segformer', n_classes=19, ch=768, dim=768)
     assert see(resnet_v1c((3,4,23,3)) | aspp)==dict(backbone='resnet101_os8', head='dlv2', n_classes=19)
     assert see(resnet_v1c((3,4,23,3)) | ddb)==dict(backbone='resnet101_os8', head='dlv2_adapter', n_classes=19, ch=256)
@@ -174,7 +174,7 @@ def test_segformers_order_of_maps():
     g = torch.Generator().manual_seed(0)
     w,maps = torch.rand(5,4*3,1,1, generator=g),[torch.rand(1,3,4,4, generator=g) for _ in range(4)]
     theirs = torch.nn.functional.conv2d(torch.cat(maps[::-1], 1), w)
-    state,left = respell({f'decode_head.linear_c{i}.proj.weight': torch.full((3,i), float(i)) for i in (4,3,2,1)} | {
+    state,left = normalize_names({f'decode_head.linear_c{i}.proj.weight': torch.full((3,i), float(i)) for i in (4,3,2,1)} | {
         'decode_head.linear_fuse.conv.weight': w, 'decode_head.linear_pred.weight': w, 'decode_head.conv_seg.bias': w})
     torch.testing.assert_close(torch.nn.functional.conv2d(torch.cat(maps, 1), state['decode_head.linear_fuse.conv.weight']), theirs)
     assert left==['decode_head.conv_seg.bias'] and all(state[f'decode_head.linear_c.{i}.proj.weight'].equal(torch.full((3,i+1), i+1.)) for i in range(4))
@@ -207,7 +207,7 @@ def test_segformer(golden, tmp_path, nvidia):
         'decode_head.linear_fuse', 128, 32) | {'decode_head.linear_pred.weight': (7,32,1,1), 'decode_head.linear_pred.bias': (7,)}
     want = fill(encoder_b0(golden) | head, 7)
     unused = {'decode_head.conv_seg.weight': torch.zeros(7,128,1,1), 'decode_head.conv_seg.bias': torch.zeros(7)}
-    net = segmentor('mit_b0', 7, 'segformer', dim=32).eval()
+    net = create_segmentor('mit_b0', 7, 'segformer', dim=32).eval()
     assert load_published(net, mmcv(tmp_path/'x.pth', **{'': want | unused}))['ignored']==sorted(unused, reverse=True)
     if not nvidia: assert placed(net, want)
     else:
@@ -225,7 +225,7 @@ def test_ddb(tmp_path, head):
     "ResNet-101 v1c with DeepLabV2: the distillation's file holds a student and two teachers"
     shapes = resnet_v1c((3,4,23,3)) | dlv2(head=='dlv2_adapter')
     want = fill(shapes, 8)
-    net = segmentor('resnet101_os8', 19, head)
+    net = create_segmentor('resnet101_os8', 19, head)
     f = mmcv(tmp_path/'ddb.pth', stu_model=want, cu_model={'backbone.stem.0.weight': torch.zeros(32,3,3,3)})
     assert load_published(net, f)['tensors']==len(want) and placed(net, want)
     own = net.state_dict()
@@ -241,9 +241,9 @@ def test_daformers_ablations(golden, tmp_path, head, dilated):
         for i,k in enumerate((1,3,3,3)): shapes |= conv_bn(f'decode_head.fuse_layer.aspp_modules.{i}', 64, 16, k)
         shapes |= conv_bn('decode_head.fuse_layer.bottleneck', 64, 16, 3)
     want = fill(shapes, 9)
-    net = segmentor('mit_b0', 5, head, dim=16)
+    net = create_segmentor('mit_b0', 5, head, dim=16)
     load_published(net, mmcv(tmp_path/'x.pth', model=want))
-    assert placed(net, want) and looks_like(want)==dict(backbone='mit_b0', head=head, n_classes=5, dim=16, ch=16)
+    assert placed(net, want) and identify_architecture(want)==dict(backbone='mit_b0', head=head, n_classes=5, dim=16, ch=16)
 
 def test_hrda(golden, tmp_path):
     "HRDA and MIC on HRDA: one encoder, the head under `head.`, the attention beside it"
@@ -251,17 +251,17 @@ def test_hrda(golden, tmp_path):
     shapes = {k.replace('decode_head.', 'decode_head.head.'): s for k,s in b0.items()} | conv1_head('decode_head.scale_attention.', MIT_B0, 256, 19)
     want = fill(shapes, 11)
     f = mmcv(tmp_path/'hrda.pth', model=want, ema_model=fill(shapes, 12), imnet_model=fill(shapes, 13))
-    kind = looks_like(want)
+    kind = identify_architecture(want)
     assert kind==dict(backbone='mit_b0', head='daformer', n_classes=19, dim=256, ch=256, hrda=256)
-    net = HRDA(segmentor('mit_b0', 19))
+    net = HRDA(create_segmentor('mit_b0', 19))
     assert load_published(net, f)['tensors']==len(want)==len(net.state_dict()) and placed(net, want)
     own = net.state_dict()
     for k,v in want.items():
         part,name = re.fullmatch(r'(backbone|decode_head\.head|decode_head\.scale_attention)\.(.+)', k).groups()
         assert own[dict(backbone='net.backbone.body').get(part, part.replace('decode_head.head', 'net.head').replace('decode_head.', ''))+'.'+name].equal(v), k
-    say = unchanged(segmentor('mit_b0', 19), f, 'does not fit')
-    assert "looks like HRDA(segmentor('mit_b0', 19, 'daformer', dim=256, ch=256), dim=256)" in say
-    unchanged(net, mmcv(tmp_path/'plain.pth', model=fill(b0)), r"(?s)missing: decode_head\.head.*looks like segmentor\('mit_b0', 19")
+    say = unchanged(create_segmentor('mit_b0', 19), f, 'does not fit')
+    assert "looks like HRDA(create_segmentor('mit_b0', 19, 'daformer', dim=256, ch=256), dim=256)" in say
+    unchanged(net, mmcv(tmp_path/'plain.pth', model=fill(b0)), r"(?s)missing: decode_head\.head.*looks like create_segmentor\('mit_b0', 19")
 
 def test_upernet_with_its_auxiliary_head(golden, tmp_path):
     up = {}
@@ -271,10 +271,10 @@ def test_upernet_with_its_auxiliary_head(golden, tmp_path):
     up |= {'decode_head.conv_seg.weight': (5,16,1,1), 'decode_head.conv_seg.bias': (5,)} | conv_bn('auxiliary_head.convs.0', 160, 256, 3)
     up |= {'auxiliary_head.conv_seg.weight': (5,256,1,1), 'auxiliary_head.conv_seg.bias': (5,)}
     want = fill(encoder_b0(golden) | up, 10)
-    net = segmentor('mit_b0', 5, 'upernet', dim=16)
+    net = create_segmentor('mit_b0', 5, 'upernet', dim=16)
     load_published(net, mmcv(tmp_path/'x.pth', **{'': want}))
     assert placed(net, want) and net.head.aux.conv_seg.bias.equal(want['auxiliary_head.conv_seg.bias'])
-    assert looks_like(want)==dict(backbone='mit_b0', head='upernet', n_classes=5, ch=16)
+    assert identify_architecture(want)==dict(backbone='mit_b0', head='upernet', n_classes=5, ch=16)
     out = net(torch.rand(2,3,64,96))
     assert {k: tuple(v.shape) for k,v in out.aux.items()}==dict(fcn=(2,5,4,6)) and net.eval()(torch.rand(1,3,64,96)).aux=={}
 
@@ -282,7 +282,7 @@ def test_upernet_with_its_auxiliary_head(golden, tmp_path):
 
 def test_layer_decay_is_timms():
     "Ratios between layers are those of timm's own grouping; without a decay nothing changes"
-    net = segmentor('dinov2_s', 5, dim=8)
+    net = create_segmentor('dinov2_s', 5, dim=8)
     body = net.backbone.body.net
     timms = {id(p): g['lr_scale'] for g in param_groups_layer_decay(body, .01, layer_decay=.5) for p in g['params']}
     ours = {id(p): g['lr']/1e-3 for g in param_groups(net, 1e-3, layer_decay=.5) for p in g['params']}

@@ -8,12 +8,12 @@ from udanb.data.catalog import CAMVID, TOWN
 from udanb.core.storage import read_json
 from udanb.demo.render import write_demo
 from udanb.models.heads import HEADS
-from udanb.data.custom import fake_tree
-from udanb.runs.build import batches, build, folders
+from udanb.data.custom import write_dummy_dataset
+from udanb.runs.build import build_trainer, open_datasets, train_loader_factory
 from udanb.runs.presets import RECIPES, make_recipe
 from udanb.runs.recipe import pair_of
-from udanb.runs.results import load_run, read_run, run_name, scores
-from udanb.runs.run import run
+from udanb.runs.results import compare_iou, load_run, read_run, run_name
+from udanb.runs.run import train_run
 from udanb.checkpoints.weights import load_weights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,8 +32,8 @@ SCRIPT = '''
 import sys, torch
 torch.set_num_threads(1)
 from udanb.runs.recipe import make_recipe
-from udanb.runs.run import run
-run(make_recipe("daformer", "demo", over=dict(backbone="mit_b0", weights=None, dim=16, batch=2, crop=(64,64), rcs_px=8, steps=14, save_every=3, eval_every=7)),
+from udanb.runs.run import train_run
+train_run(make_recipe("daformer", "demo", over=dict(backbone="mit_b0", weights=None, dim=16, batch=2, crop=(64,64), rcs_px=8, steps=14, save_every=3, eval_every=7)),
     sys.argv[1], sys.argv[2])
 '''
 def start(data, out): return subprocess.Popen([sys.executable, '-c', SCRIPT, str(data), str(out)], env=ENV, cwd=ROOT, stderr=subprocess.DEVNULL)
@@ -62,41 +62,41 @@ def test_killed_and_started_again_ends_with_the_same_bits(data, tmp_path):
     assert load_weights(whole/'model.safetensors')[1]['hash']==load_weights(cut/'model.safetensors')[1]['hash']
 
 def test_teacher_and_optimiser_survive(data, tmp_path):
-    t = build(make_recipe('daformer', 'demo', over=TINY | dict(steps=4, save_every=2)), data, tmp_path/'r', quiet=True)
+    t = build_trainer(make_recipe('daformer', 'demo', over=TINY | dict(steps=4, save_every=2)), data, tmp_path/'r', quiet=True)
     t.fit()
-    again = build(make_recipe('daformer', 'demo', over=TINY | dict(steps=4)), data, tmp_path/'r', quiet=True)
+    again = build_trainer(make_recipe('daformer', 'demo', over=TINY | dict(steps=4)), data, tmp_path/'r', quiet=True)
     assert again.resume() and again.it==4
     assert all(a.equal(b) for a,b in zip(t.teacher.state_dict().values(), again.teacher.state_dict().values()))
     differ = [not a.equal(b) for a,b in zip(t.student.parameters(), again.teacher.net.parameters())]
     assert any(differ)                                                # upstream's defect: the teacher restarts as a copy of the student
 
 def test_half_written_checkpoint_is_named(data, tmp_path):
-    t = build(make_recipe('dacs', 'demo', over=TINY), data, tmp_path, quiet=True)
+    t = build_trainer(make_recipe('dacs', 'demo', over=TINY), data, tmp_path, quiet=True)
     t.fit(); f = tmp_path/'checkpoint.pt'
     f.write_bytes(f.read_bytes()[:1000])
     with pytest.raises(ValueError, match='checkpoint.pt: not a readable checkpoint.*Remove it'):
-        build(make_recipe('dacs', 'demo', over=TINY), data, tmp_path, quiet=True).fit()
+        build_trainer(make_recipe('dacs', 'demo', over=TINY), data, tmp_path, quiet=True).fit()
 
 # ---- refusals
 
 def test_checkpoint_of_another_recipe(data, tmp_path):
     r = make_recipe('dacs', 'demo', over=TINY)
-    run(r, data, tmp_path/'r', quiet=True)
-    with pytest.raises(ValueError, match=f"lr: {r.lr} there, 0.001 here"): run(replace(r, lr=1e-3), data, tmp_path/'r', quiet=True)
+    train_run(r, data, tmp_path/'r', quiet=True)
+    with pytest.raises(ValueError, match=f"lr: {r.lr} there, 0.001 here"): train_run(replace(r, lr=1e-3), data, tmp_path/'r', quiet=True)
     (tmp_path/'r'/'recipe.json').unlink(); (tmp_path/'r'/'metrics.json').unlink()
-    with pytest.raises(ValueError, match="checkpoint.pt belongs to another recipe"): run(replace(r, lr=1e-3), data, tmp_path/'r', quiet=True)
+    with pytest.raises(ValueError, match="checkpoint.pt belongs to another recipe"): train_run(replace(r, lr=1e-3), data, tmp_path/'r', quiet=True)
 
 def test_folder_that_cannot_be_written(data, tmp_path):
     (tmp_path/'file').touch()
-    with pytest.raises(OSError, match='choose another folder'): run(make_recipe('dacs', 'demo', over=TINY), data, tmp_path/'file'/'r', quiet=True)
+    with pytest.raises(OSError, match='choose another folder'): train_run(make_recipe('dacs', 'demo', over=TINY), data, tmp_path/'file'/'r', quiet=True)
     if os.geteuid()!=0:
         (tmp_path/'ro').mkdir(mode=0o500)
-        with pytest.raises(OSError, match='choose another folder'): run(make_recipe('dacs', 'demo', over=TINY), data, tmp_path/'ro'/'r', quiet=True)
+        with pytest.raises(OSError, match='choose another folder'): train_run(make_recipe('dacs', 'demo', over=TINY), data, tmp_path/'ro'/'r', quiet=True)
     elif Path('/proc').exists():                                      # root may write everywhere but here
-        with pytest.raises(OSError, match='choose another folder'): run(make_recipe('dacs', 'demo', over=TINY), data, '/proc/udanb', quiet=True)
+        with pytest.raises(OSError, match='choose another folder'): train_run(make_recipe('dacs', 'demo', over=TINY), data, '/proc/udanb', quiet=True)
 
 def test_missing_data_names_folder_source_and_remedy(tmp_path):
-    with pytest.raises(FileNotFoundError) as e: run(make_recipe('daformer', 'gta'), tmp_path, tmp_path/'r')
+    with pytest.raises(FileNotFoundError) as e: train_run(make_recipe('daformer', 'gta'), tmp_path, tmp_path/'r')
     assert str(tmp_path/'gta') in str(e.value) and 'http' in str(e.value) and '-p source demo' in str(e.value)
     assert not (tmp_path/'r').exists()
 
@@ -104,26 +104,26 @@ def test_corrupt_image_in_training_is_named(tmp_path):
     write_demo(tmp_path/'demo', n_source=2, n_target=2, n_val=2, size=(64,128))
     f = sorted((tmp_path/'demo'/'cityscapes').rglob('train/**/*_leftImg8bit.png'))
     for x in f: x.write_bytes(x.read_bytes()[:200])
-    with pytest.raises(Exception) as e: run(make_recipe('dacs', 'demo', over=TINY), tmp_path, tmp_path/'r', quiet=True)
+    with pytest.raises(Exception) as e: train_run(make_recipe('dacs', 'demo', over=TINY), tmp_path, tmp_path/'r', quiet=True)
     assert any(x.name in str(e.value) for x in f)
 
 def test_target_labels_are_not_needed_to_train(tmp_path):
     write_demo(tmp_path/'demo', n_source=4, n_target=4, n_val=2, size=(64,128))
     for x in (tmp_path/'demo'/'cityscapes'/'gtFine'/'train').rglob('*.png'): x.unlink()
-    assert (run(make_recipe('daformer', 'demo', over=TINY), tmp_path, tmp_path/'r', quiet=True)/'metrics.json').exists()
+    assert (train_run(make_recipe('daformer', 'demo', over=TINY), tmp_path, tmp_path/'r', quiet=True)/'metrics.json').exists()
 
 def test_class_that_never_occurs_with_rcs(data, tmp_path):
     r = make_recipe('daformer', 'demo', over=TINY)
-    src,tgt,_ = folders(r, data)
-    with pytest.warns(UserWarning, match='never occur and will not be drawn.*train'): next(iter(batches(r, src, tgt)(0)))
+    src,tgt,_ = open_datasets(r, data)
+    with pytest.warns(UserWarning, match='never occur and will not be drawn.*train'): next(iter(train_loader_factory(r, src, tgt)(0)))
 
 def test_demo_read_as_gta_and_cityscapes(data, tmp_path):
     "The pair gta → cityscapes on the demo's files: the very specs and code that read the published datasets, margins included"
     r = make_recipe('daformer', 'gta', over=TINY)
-    src,tgt,vals = folders(r, data/'demo')
+    src,tgt,vals = open_datasets(r, data/'demo')
     assert list(vals)==['cityscapes']
     assert (src.spec.name,tgt.spec.name)==('gta','cityscapes') and tgt.margins and tgt.labels is None
-    assert read_json(run(r, data/'demo', tmp_path/'r', quiet=True)/'metrics.json')['target']=='cityscapes'
+    assert read_json(train_run(r, data/'demo', tmp_path/'r', quiet=True)/'metrics.json')['target']=='cityscapes'
 
 # ---- several domains, own data, broken files
 
@@ -131,24 +131,24 @@ OWN = dict(mine=dict(folder='demo/cityscapes', images='leftImg8bit/train/*_leftI
 
 def test_target_without_any_label_trains_unscored(data, tmp_path):
     r = make_recipe('daformer', 'demo', 'mine', over=TINY, datasets=OWN)
-    out = run(r, data, tmp_path/'r', quiet=True)
+    out = train_run(r, data, tmp_path/'r', quiet=True)
     m = read_json(out/'metrics.json')
-    assert m['steps']==2 and m['miou']=={} and m['iou']=={} and scores(r, out, None)=={}
+    assert m['steps']==2 and m['miou']=={} and m['iou']=={} and compare_iou(r, out, None)=={}
     assert load_run(out)(torch.zeros(1,3,64,64)).logits.shape[1]==19             # the description travels with the run
 
 def test_two_sources_and_two_targets(data, tmp_path):
-    for s in (CAMVID,TOWN): fake_tree(s, tmp_path, size=(64,128))
+    for s in (CAMVID,TOWN): write_dummy_dataset(s, tmp_path, size=(64,128))
     os.symlink(data/'demo', tmp_path/'demo')
     r = make_recipe('daformer', ['demo','town'], ['demo','camvid'], over=TINY | dict(source_weights=[1,3]))
     assert run_name(r).startswith('demo+town-demo+camvid-daformer-s0')
-    m = read_json(run(r, tmp_path, tmp_path/'r', quiet=True)/'metrics.json')
+    m = read_json(train_run(r, tmp_path, tmp_path/'r', quiet=True)/'metrics.json')
     each = m['targets']['student']
     assert set(each)=={'demo_target','camvid'} and abs(m['miou']['student']-sum(e['miou'] for e in each.values())/2)<1e-6 and len(m['iou']['student'])==11
-    src,tgt,_ = folders(r, tmp_path)
+    src,tgt,_ = open_datasets(r, tmp_path)
     assert np.isclose(src.share[:len(src.folders[0])].sum(), .25)
-    seen = {n for b,_ in zip(batches(r, src, tgt)(0), range(8)) for n in b.src.name}
+    seen = {n for b,_ in zip(train_loader_factory(r, src, tgt)(0), range(8)) for n in b.src.name}
     assert any('town' in n for n in seen) and len(tgt.folders)==2
-    oracle = folders(replace(r, method='oracle'), tmp_path)[0]
+    oracle = open_datasets(replace(r, method='oracle'), tmp_path)[0]
     assert [f.spec.name for f in oracle.folders]==['demo_target','camvid'] and oracle.labels is not None
 
 def test_broken_files_are_skipped_and_reported(tmp_path):
@@ -163,8 +163,8 @@ def test_broken_files_are_skipped_and_reported(tmp_path):
     bad[3].write_bytes(b'')
     bad[4].unlink()
     r = make_recipe('dacs', 'demo', over=TINY | dict(steps=6, rcs=True))
-    with pytest.raises(ValueError): run(r, tmp_path, tmp_path/'r', quiet=True)
-    with pytest.warns(UserWarning, match='left out'): out = run(replace(r, skip_broken=True), tmp_path, tmp_path/'s', quiet=True)
+    with pytest.raises(ValueError): train_run(r, tmp_path, tmp_path/'r', quiet=True)
+    with pytest.warns(UserWarning, match='left out'): out = train_run(replace(r, skip_broken=True), tmp_path, tmp_path/'s', quiet=True)
     skipped = read_json(out/'metrics.json')['skipped']
     has = lambda stem: any(stem in n for n in skipped)
     assert has(bad[1].stem) and has(bad[2].stem) and has(bad[4].name[:20]) and has(bad[3].stem), skipped
@@ -174,7 +174,7 @@ def test_broken_files_are_skipped_and_reported(tmp_path):
 
 @pytest.mark.parametrize('name', [n for n in RECIPES if n not in ('selftrain','distill')])   # those two need earlier runs: test_chains.py
 def test_every_recipe_steps_twice(name, data, tmp_path):
-    out = run(make_recipe(name, 'demo', over=TINY), data, tmp_path/'r', quiet=True)
+    out = train_run(make_recipe(name, 'demo', over=TINY), data, tmp_path/'r', quiet=True)
     m = read_json(out/'metrics.json')
     who = {'student'} if name in ('source_only','oracle') else {'student','teacher'}
     assert m['steps']==2 and m['recipe']==name and set(m['miou'])==set(m['label_free'])==who and len(m['iou']['student'])==19
@@ -184,7 +184,7 @@ def test_every_recipe_steps_twice(name, data, tmp_path):
 @pytest.mark.parametrize('head', HEADS)
 def test_every_head_trains_and_comes_back(head, data, tmp_path):
     "Through recipe, checkpoint and weights file; UPerNet with its auxiliary loss in both passes, DeepLabV2 at stride 32 of MiT"
-    out = run(make_recipe('dacs', 'demo', over=TINY | dict(head=head, layer_decay=.8, drop_path=.2)), data, tmp_path/'r', quiet=True)
+    out = train_run(make_recipe('dacs', 'demo', over=TINY | dict(head=head, layer_decay=.8, drop_path=.2)), data, tmp_path/'r', quiet=True)
     log,m = read_run(out)
     assert m['steps']==2 and ({'source/fcn','mixed/fcn'}<=set(log[0]))==(head=='upernet')
     x = torch.randn(1,3,64,64)
@@ -208,7 +208,7 @@ assert t.it==2 and torch.bfloat16 in dtypes and next(t.student.parameters()).dty
 
 def test_parity_recipe_steps(data, tmp_path):
     over = TINY | dict(parity=True, margins='rows')
-    t = build(make_recipe('daformer', 'demo', over=over), data, tmp_path, quiet=True)
+    t = build_trainer(make_recipe('daformer', 'demo', over=over), data, tmp_path, quiet=True)
     log = t.fit()
     assert t.teacher.rows==(2,15) and 0<=log[-1]['q']<=1              # 15 and 120 of 512 rows
 
@@ -227,7 +227,7 @@ def test_every_params_file_says_how_to_run_it(name):
 def trees(pair, data, root):
     "The very datasets of a pair, in their own layouts"
     for s in {s.name: s for s in (*pair.sources,*pair.targets)}.values():
-        if not s.folder.startswith('demo/'): fake_tree(s, root, size=(64,132))
+        if not s.folder.startswith('demo/'): write_dummy_dataset(s, root, size=(64,132))
     os.symlink(data/'demo', root/'demo')
 
 @pytest.mark.parametrize('name', of('train_uda'))
@@ -241,7 +241,7 @@ def test_every_params_file_is_a_recipe_that_steps(name, data, tmp_path):
     pair = pair_of(r)
     trees(pair, data, tmp_path)
     small = asked(p.get('over', {}) | TINY | dict(fit=(64,128), limit=None, eval_every=0))
-    m = read_json(run(small, tmp_path, tmp_path/'r', quiet=True)/'metrics.json')
+    m = read_json(train_run(small, tmp_path, tmp_path/'r', quiet=True)/'metrics.json')
     assert run_name(r) and m['steps']==2 and set(m['targets'].get('student', {}))==({t.name for t in pair.targets} if len(pair.targets)>1 else set())
 
 def chain(name, to=None, **tiny):
@@ -265,7 +265,7 @@ TOWN_SIZE = dict(backbone='tf_efficientnet_lite0', head='daformer', dim=64, step
 
 @pytest.mark.parametrize('name', of('ddb'))
 def test_ddb_params_ask_for_the_published_trainings(name):
-    s = chain(name, 'check_parameters(')
+    s = chain(name, 'check_papermill_parameters(')
     rs = s['cut'],s['cls'],s['pupil']
     src = ('gta','synscapes') if 'synscapes' in name else name.split('_')[0]
     tgt = ('cityscapes','mapillary') if 'mapillary' in name else 'camvid' if 'town' in name else 'cityscapes'
@@ -276,7 +276,7 @@ def test_ddb_params_ask_for_the_published_trainings(name):
 
 @pytest.mark.parametrize('name', of('visda22'))
 def test_visda22_params_ask_for_the_winners_trainings(name):
-    s = chain(name, 'check_parameters(')
+    s = chain(name, 'check_papermill_parameters(')
     p = params('zerowaste' if 'zerowaste' in name else 'town_daformer')
     alone = make_recipe(p['recipe'], p['source'], p['target'], p.get('over', {}) | dict(before=False), backbone=p.get('backbone'), seed=s['seed'])
     assert s['adapt']==alone                                                                # the first stage is the run of that file
@@ -289,7 +289,7 @@ def test_visda22_params_ask_for_the_winners_trainings(name):
 def test_params_of_ddb_through_their_notebook(data, tmp_path):
     "Two targets, two rounds, one step each: the second round begins with the first one's student at a tenth of the rate, its own student does not"
     name,tiny = 'gta_cityscapes_mapillary_ddb',TINY | dict(fit=(64,128), eval_every=0)
-    trees(pair_of(chain(name, 'check_parameters(')['cut']), data, tmp_path)
+    trees(pair_of(chain(name, 'check_papermill_parameters(')['cut']), data, tmp_path)
     s = chain(name, over={k:v for k,v in tiny.items() if k!='steps'}, steps=1, data_root=str(tmp_path), out=str(tmp_path/'chain'))
     told = {k: read_json(f/'recipe.json') for k,f in s['stages'].items() if 'fusion' not in k}
     assert list(s['stages'])==[f'{what} {k}' for k in (1,2) for what in ('cut','class','fusion','student')] and len(s['pipe'].table())==12
@@ -301,7 +301,7 @@ def test_params_of_ddb_through_their_notebook(data, tmp_path):
 def test_params_of_visda22_through_their_notebook(data, tmp_path):
     "v1 is learned, v2's test images are labelled, trained on and predicted, and its val scores every stage"
     name,tiny = 'zerowaste_visda22',TINY | dict(fit=(64,128), eval_every=0)
-    trees(pair_of(chain(name, 'check_parameters(')['adapt']), data, tmp_path)
+    trees(pair_of(chain(name, 'check_papermill_parameters(')['adapt']), data, tmp_path)
     s = chain(name, over={k:v for k,v in tiny.items() if k!='steps'} | dict(ch=24), steps=2, self_steps=1, threshold=.2,
               data_root=str(tmp_path), out=str(tmp_path/'chain'))
     assert list(s['stages'])==['adapted','photometric','noise','grid','soup'] and s['summary'].notna().all(axis=None)

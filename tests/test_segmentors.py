@@ -5,9 +5,9 @@ from udanb.core.types import Sample
 from udanb.core.utils import seed_all
 from udanb.models.heads import HEADS
 from udanb.models.hrda import HRDA
-from udanb.training.losses import CE
+from udanb.training.losses import WeightedCrossEntropy
 from udanb.models.segmentor import Segmentor, param_groups
-from udanb.checkpoints.weights import load_into, save_weights
+from udanb.checkpoints.weights import load_weights_into, save_weights
 from test_backbones import TINY, tiny
 
 FAMILIES = [f for f in TINY if f!='eva02_l']
@@ -17,7 +17,7 @@ def make(family, head, seed=0):
     return Segmentor(enc, HEADS[head](enc.channels, 5, dim=8))
 
 def sample(img): return Sample(img, torch.arange(img[:,0].numel()).view(img[:,0].shape)%5)
-def loss(net, x): return sum(c.w*c(out, x) for out in [net(x.img)] for c in net.ask(CE()))
+def loss(net, x): return sum(c.w*c(out, x) for out in [net(x.img)] for c in net.wrap_logit_loss(WeightedCrossEntropy()))
 
 def held_to(new, size, tmp_path):
     "Forward, backward and a step, a single odd-sized image, a copy, a file, half precision"
@@ -34,7 +34,7 @@ def held_to(new, size, tmp_path):
         whole = net(one)
         assert whole.logits.shape[:2]==(1,5) and whole.logits.isfinite().all() and net(one).logits.equal(whole.logits)
         other = new(1)
-        load_into(other, save_weights(tmp_path/'net.safetensors', net))
+        load_weights_into(other, save_weights(tmp_path/'net.safetensors', net))
         for twin in (copy.deepcopy(net), other): assert twin.eval()(one).logits.equal(whole.logits)
     net.train()
     with torch.autocast('cpu', torch.bfloat16): half = loss(net, x)

@@ -4,13 +4,13 @@ import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from torch import nn
 from hypothesis import given, settings, strategies as st
-from udanb.core.types import Out, Sample, normalize
-from udanb.inference.predict import slide
-from udanb.inference.label_free import BETTER, Predictive, label_free, rank_correlation, selection_table
+from udanb.core.types import Sample, SegOutput, normalize
+from udanb.inference.predict import sliding_logits
+from udanb.inference.label_free import SCORE_DIRECTION, PredictiveEntropy, label_free, rank_correlation, selection_table
 
 class Net(nn.Module):
     def __init__(self, n=4): super().__init__(); torch.manual_seed(0); self.conv,self.drop = nn.Conv2d(3, n, 4, stride=4),nn.Dropout(.9)
-    def forward(self, img): return Out(self.drop(self.conv(img)))
+    def forward(self, img): return SegOutput(self.drop(self.conv(img)))
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(2,7), st.integers(1,3), st.integers(0,99), st.floats(.1,20))
@@ -21,22 +21,22 @@ def test_scores_are_those_of_a_naive_sum(n, b, seed, sharp):
     q = p.movedim(1,-1)[w>0].numpy()
     H = lambda x: -sum(v*math.log(v) for v in x if v>0)/math.log(n)
     want = np.mean([H(x) for x in q]),H(q.mean(0))
-    s = Predictive(n).update(p, w).scores()
+    s = PredictiveEntropy(n).update(p, w).scores()
     np.testing.assert_allclose([s['entropy'],s['balance'],s['info']], [*want,want[1]-want[0]], rtol=1e-6, atol=1e-9)
     assert 0<=s['entropy']<=s['balance']+1e-9 and s['balance']<=1+1e-9
 
 def test_pieces_and_order_do_not_matter_but_sizes_do():
     torch.manual_seed(0)
     a,b = torch.randn(1,3,4,4).softmax(1),torch.randn(1,3,16,16).softmax(1)
-    s,t = (Predictive(3).update(x).update(y).scores() for x,y in ((a,b),(b,a)))
+    s,t = (PredictiveEntropy(3).update(x).update(y).scores() for x,y in ((a,b),(b,a)))
     assert s==pytest.approx(t)
-    each = [Predictive(3).update(x).scores()['entropy'] for x in (a,b)]
+    each = [PredictiveEntropy(3).update(x).scores()['entropy'] for x in (a,b)]
     assert s['entropy']==pytest.approx((16*each[0]+256*each[1])/272)             # by pixels, not by images
 
 def test_nothing_to_count_is_an_error():
-    with pytest.raises(ValueError, match='at least|nothing'): Predictive(1)
-    with pytest.raises(ValueError, match='3 classes, 4'): Predictive(4).update(torch.ones(1,3,2,2)/3)
-    with pytest.raises(ValueError, match='no pixel'): Predictive(4).update(torch.ones(1,4,2,2)/4, torch.zeros(1,2,2)).scores()
+    with pytest.raises(ValueError, match='at least|nothing'): PredictiveEntropy(1)
+    with pytest.raises(ValueError, match='3 classes, 4'): PredictiveEntropy(4).update(torch.ones(1,3,2,2)/3)
+    with pytest.raises(ValueError, match='no pixel'): PredictiveEntropy(4).update(torch.ones(1,4,2,2)/4, torch.zeros(1,2,2)).scores()
     with pytest.raises(ValueError, match='no pixel'): label_free(Net(), [], 4, quiet=True)
 
 def test_loader_folder_list_and_dataset_agree(tmp_path):
@@ -55,10 +55,10 @@ def test_loader_folder_list_and_dataset_agree(tmp_path):
 
 def test_windows_and_valid_pixels():
     net,x = Net().eval(),torch.randn(1,3,32,48)
-    with torch.no_grad(): want = Predictive(4).update(slide(net, x, 16, 8).softmax(1)).scores()
+    with torch.no_grad(): want = PredictiveEntropy(4).update(sliding_logits(net, x, 16, 8).softmax(1)).scores()
     assert label_free(net, [Sample(x)], 4, crop=16, stride=8, quiet=True)==pytest.approx(want)
     w = torch.zeros(1,32,48); w[:,:16] = .3
-    with torch.no_grad(): top = Predictive(4).update(slide(net, x, 16, 8)[:,:,:16].softmax(1)).scores()
+    with torch.no_grad(): top = PredictiveEntropy(4).update(sliding_logits(net, x, 16, 8)[:,:,:16].softmax(1)).scores()
     assert label_free(net, [Sample(x, wgt=w)], 4, crop=16, stride=8, quiet=True)==pytest.approx(top)
 
 def test_nan_names_the_image():
@@ -85,7 +85,7 @@ def test_tables_refuse_what_cannot_be_compared():
     one = lambda v: dict(entropy=v, balance=v, info=v)
     scores = {r: one(i/10) for i,r in enumerate('abc')}
     assert list(selection_table(scores, dict(b=3., a=1., c=2.)).index)==['b','c','a']
-    assert set(rank_correlation(scores, dict(a=1., b=2., c=3.)).index)==set(BETTER)
+    assert set(rank_correlation(scores, dict(a=1., b=2., c=3.)).index)==set(SCORE_DIRECTION)
     with pytest.raises(ValueError, match='only one of.*: c, d'): selection_table(scores, dict(a=1, b=2, d=3))
     with pytest.raises(ValueError, match='at least 3'): rank_correlation({k: scores[k] for k in 'ab'}, dict(a=1, b=2))
     with pytest.raises(ValueError, match='mIoU'): rank_correlation(scores, dict(a=1, b=None, c=2))

@@ -3,17 +3,17 @@ import json, os, subprocess, sys
 from functools import partial
 import pandas as pd, pytest, torch
 from conftest import ROOT
-from udanb.runs.build import evaluator, target_folders
+from udanb.runs.build import make_evaluator, open_targets
 from udanb.core.storage import read_json, write_json
 from udanb.core.utils import seed_all
 from udanb.demo.render import write_demo
 from udanb.core.labels import CITYSCAPES19
-from udanb.runs.recipe import identity
+from udanb.runs.recipe import recipe_dict
 from udanb.runs.presets import make_recipe
-from udanb.runs.results import load_run, read_run, samples, scores
-from udanb.models.segmentor import segmentor
+from udanb.runs.results import compare_iou, load_run, read_run, read_samples
+from udanb.models.segmentor import create_segmentor
 from udanb.inference.label_free import label_free
-from udanb.data.transforms import fit
+from udanb.data.transforms import resize_keep_ratio
 from udanb.checkpoints.averaging import average, update_bn
 from udanb.checkpoints.weights import load_weights, save_weights
 from udanb.core.state_dicts import weights_hash
@@ -34,10 +34,10 @@ def notebook(**params):
 
 def write_run(folder, state, seed=0, over={}, teacher=None):
     r = make_recipe('dacs', 'demo', over=TINY | dict(seed=seed) | over)
-    write_json(folder/'recipe.json', identity(r))
-    save_weights(folder/'model.safetensors', state, dict(recipe=identity(r), classes=CITYSCAPES19.classes))
+    write_json(folder/'recipe.json', recipe_dict(r))
+    save_weights(folder/'model.safetensors', state, dict(recipe=recipe_dict(r), classes=CITYSCAPES19.classes))
     slow = {f'teacher.net.{k}': v for k,v in (teacher or {}).items()}
-    if slow: torch.save(dict(it=1, model=state, method=slow, opt={}, recipe=json.dumps(identity(r))), folder/'checkpoint.pt')
+    if slow: torch.save(dict(it=1, model=state, method=slow, opt={}, recipe=json.dumps(recipe_dict(r))), folder/'checkpoint.pt')
 
 def near(state, seed, by=.03):
     g = torch.Generator().manual_seed(seed)
@@ -49,7 +49,7 @@ def world(tmp_path_factory):
     root = tmp_path_factory.mktemp('world')
     write_demo(root/'data'/'demo', n_source=1, n_target=3, n_val=2, size=(64,128), quiet=True)
     seed_all(0)
-    base = segmentor('mit_b0', 19, dim=16).state_dict()
+    base = create_segmentor('mit_b0', 19, dim=16).state_dict()
     for i in range(3): write_run(root/f's{i}', near(base, i), i, teacher=near(base, 10+i))
     return root
 
@@ -65,12 +65,12 @@ def test_from_the_shell(world, tmp_path):
     assert tried['alone'].is_monotonic_decreasing and tried['taken'][0] and len(tried)==3
     assert abs(told['soup']['info']-tried[tried['taken']]['together'].iloc[-1])<1e-6 and told['soup']['info']>=tried['alone'].max()-1e-6
     # the same by hand: mean of the chosen, then its BatchNorms on the three training images
-    r,net = make_recipe('dacs', 'demo', over=TINY),segmentor('mit_b0', 19, dim=16)
+    r,net = make_recipe('dacs', 'demo', over=TINY),create_segmentor('mit_b0', 19, dim=16)
     net.load_state_dict(average([f'{m}/model.safetensors' for m in told['chosen']]))
-    train,val = (target_folders(r, world/'data', s, labels=False)['demo_target'] for s in ('train','val'))
-    assert update_bn(net, [samples(train, range(3), r)])==told['bn']['layers']>0
+    train,val = (open_targets(r, world/'data', s, labels=False)['demo_target'] for s in ('train','val'))
+    assert update_bn(net, [read_samples(train, range(3), r)])==told['bn']['layers']>0
     assert weights_hash(net)==told['hash']==load_weights(tmp_path/'out'/'model.safetensors')[1]['hash']
-    want = label_free(net, val, 19, partial(fit, size=(64,128)), quiet=True)
+    want = label_free(net, val, 19, partial(resize_keep_ratio, size=(64,128)), quiet=True)
     for k,v in want.items(): assert abs(told['soup'][k]-v)<1e-6
 
 def test_uniform_with_weights(world, tmp_path):
@@ -81,7 +81,7 @@ def test_uniform_with_weights(world, tmp_path):
     assert weights_hash(net)==weights_hash(state)==told['hash'] and [m['share'] for m in told['members']]==[.75,.25] and told['bn'] is None
     assert [m['hash'] for m in told['members']]==[weights_hash(load_weights(world/f's{i}'/'model.safetensors')[0]) for i in range(2)]
     r = make_recipe('dacs', 'demo', over=TINY)
-    score = evaluator(r, target_folders(r, world/'data'))
+    score = make_evaluator(r, open_targets(r, world/'data'))
     tab = pd.read_csv(tmp_path/'out'/'scores.csv', index_col='member')
     assert list(tab.index)==[*members,'mean','soup'] and list(tab)==['miou','entropy','balance','info','share']
     for name,n in zip((*members,'soup'), (load_run(world/'s0'),load_run(world/'s1'),net)): assert abs(tab['miou'][name]-score(n)['miou'])<1e-6
@@ -89,9 +89,9 @@ def test_uniform_with_weights(world, tmp_path):
     log,m = read_run(tmp_path/'out')
     assert log==[] and abs(m['miou']['student']-tab['miou']['soup'])<1e-9
     assert set(m['iou']['student'])==set(CITYSCAPES19.classes) and m['label_free']['student']['info']==told['soup']['info']
-    assert list(scores(r, tmp_path/'out', None))==['dacs'] and read_json(tmp_path/'out'/'recipe.json')==identity(r)
+    assert list(compare_iou(r, tmp_path/'out', None))==['dacs'] and read_json(tmp_path/'out'/'recipe.json')==recipe_dict(r)
     meta = load_weights(tmp_path/'out'/'model.safetensors')[1]
-    assert json.loads(meta['recipe'])==identity(r) and json.loads(meta['classes'])==list(CITYSCAPES19.classes) and len(json.loads(meta['ingredients']))==2
+    assert json.loads(meta['recipe'])==recipe_dict(r) and json.loads(meta['classes'])==list(CITYSCAPES19.classes) and len(json.loads(meta['ingredients']))==2
     # again into the same folder, with other members: a new soup, nothing of the old one
     notebook(members=[*members, str(world/'s2')], data_root=str(world/'data'), out=str(tmp_path/'out'))
     assert len(read_json(tmp_path/'out'/'soup.json')['members'])==3 and weights_hash(load_run(tmp_path/'out'))==weights_hash(average([*members, world/'s2']))
@@ -123,7 +123,7 @@ def test_without_labels(world, tmp_path):
                           fit=[64,128]))
     for i in range(2):
         r = make_recipe('dacs', 'demo', 'mine', over=TINY | dict(seed=i, datasets=mine))
-        write_json(tmp_path/f's{i}'/'recipe.json', identity(r))
+        write_json(tmp_path/f's{i}'/'recipe.json', recipe_dict(r))
         (tmp_path/f's{i}'/'model.safetensors').write_bytes((world/f's{i}'/'model.safetensors').read_bytes())
     kw = dict(members=[str(tmp_path/'s0'), str(tmp_path/'s1')], data_root=str(world/'data'), out=str(tmp_path/'out'))
     with pytest.raises(ValueError, match="no labelled val, so there is no mIoU to choose by; take score='info'"): notebook(**kw, how='greedy')
@@ -149,9 +149,9 @@ def test_bad_input_is_named(world, tmp_path):
     fails(FileNotFoundError, 'nothing: give folders of finished runs', members=[a,str(tmp_path/'nothing')])
     fails(ValueError, 'is the folder of a run; choose another', out=a)
     fails(ValueError, 'is one of the members|is the folder of a run', out=b)
-    write_run(tmp_path/'b1', segmentor('mit_b0', 19, dim=8).state_dict(), over=dict(dim=8))
+    write_run(tmp_path/'b1', create_segmentor('mit_b0', 19, dim=8).state_dict(), over=dict(dim=8))
     fails(ValueError, r'b1.model.safetensors is another network than .*s0.model.safetensors \(dim: 8 there, 16 here\)', members=[a,str(tmp_path/'b1')])
-    torch.save(segmentor('mit_b0', 11, dim=16).state_dict(), tmp_path/'eleven.pth')     # says nothing: its tensors tell
+    torch.save(create_segmentor('mit_b0', 11, dim=16).state_dict(), tmp_path/'eleven.pth')     # says nothing: its tensors tell
     fails(ValueError, 'eleven.pth does not fit the network. 2 mismatching: head.*11x16', members=[a,str(tmp_path/'eleven.pth')])
     (tmp_path/'more.pth').write_bytes((tmp_path/'eleven.pth').read_bytes())
     fails(ValueError, 'says what network it is', members=[str(tmp_path/'eleven.pth'),str(tmp_path/'more.pth')])

@@ -7,12 +7,12 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from udanb.data import class_stats as stats
 from udanb.data.catalog import CITYSCAPES, GTA, TOWN
-from udanb.data.datasets import SegFolder
+from udanb.data.datasets import SegDataset
 from udanb.core.labels import CAMVID11, CAMVID_MERGE, CITYSCAPES_IDS
-from udanb.data.concat import SegConcat
-from udanb.data.samplers import RareClassSampler, rcs_px
-from udanb.data.class_stats import class_stats, count_label, keep_stats, label_keys, native_ids, read_stats, stats_files
-from udanb.data.concat import odds
+from udanb.data.concat import ConcatSegDataset
+from udanb.data.samplers import RareClassSampler, scaled_rcs_limits
+from udanb.data.class_stats import class_stats, count_label, label_keys, read_stats, stats_paths, with_native_labels, write_stats
+from udanb.data.concat import normalize_weights
 
 GOLDEN = Path(__file__).parent/'golden'
 IDS = np.array(sorted(CITYSCAPES_IDS, key=CITYSCAPES_IDS.get), np.uint8)   # train id -> label id
@@ -37,8 +37,8 @@ def data(tmp_path, monkeypatch):
             if s=='val': write(tmp_path/f'cityscapes/gtFine/{s}/{city}/x_gtFine_labelIds.png', np.full((40,60), IDS[k], np.uint8))
     return tmp_path
 
-def gta(root, **kw): return SegFolder(GTA, root, **kw)
-def city(root, split='train', **kw): return SegFolder(CITYSCAPES, root, split, **kw)
+def gta(root, **kw): return SegDataset(GTA, root, **kw)
+def city(root, split='train', **kw): return SegDataset(CITYSCAPES, root, split, **kw)
 
 # ---------------------------------------------------------------- statistics
 
@@ -114,7 +114,7 @@ def test_read_only_dataset_goes_to_the_cache(data, monkeypatch):
         return real(p, x)
     monkeypatch.setattr(stats, 'atomic_write', write_)
     a = class_stats(gta(data), quiet=True)
-    assert not (data/'gta/sample_class_stats.json').exists() and stats_files(gta(data))[1].is_file()
+    assert not (data/'gta/sample_class_stats.json').exists() and stats_paths(gta(data))[1].is_file()
     monkeypatch.setattr(stats, 'count_label', lambda *a: pytest.fail('must not count'))
     assert class_stats(gta(data))==a
 
@@ -159,7 +159,7 @@ def test_broken_labels_are_skipped_where_asked(data, workers):
         assert list(f.skipped)==[f'images/{i:05d}.png' for i in (1,3,4,8)]
         for i,why in zip((1,3,4,8), ('broken image file','61×40 pixels','77 (2400 px)','No such file')):
             assert why in f.skipped[f.names[i]] and f'{i:05d}.png' in f.skipped[f.names[i]]
-    rest = f.without(f.skipped)
+    rest = f.exclude(f.skipped)
     assert class_stats(rest, quiet=True)==[got[i] for i in good]==counted(rest)
 
 def test_broken_labels_are_tried_again(data, asked):
@@ -182,7 +182,7 @@ KILLED = """
 import sys, time
 from udanb.data import class_stats as stats
 from test_stats import gta
-stats.SAVE_EVERY,real = 0,stats.count_label
+stats.SAVE_INTERVAL_S,real = 0,stats.count_label
 def slow(f, i):
     if i>=6: time.sleep(300)
     return real(f, i)
@@ -208,22 +208,22 @@ def test_a_killed_count_goes_on_where_it_stopped(data, workers, done, asked):
 
 def test_counts_can_be_given(data, asked):
     f = gta(data)
-    keep_stats(f, {2:{0:5}, 7:{18:9}})
-    assert keep_stats(f, {2:{1:6}}).parent==f.root
+    write_stats(f, {2:{0:5}, 7:{18:9}})
+    assert write_stats(f, {2:{1:6}}).parent==f.root
     got = class_stats(f, quiet=True)
     assert got[2][1]=={1:6} and got[7][1]=={18:9} and 2 not in asked and 7 not in asked and len(asked)==8
-    keep_stats(f, [{0:i+1} for i in range(10)])
+    write_stats(f, [{0:i+1} for i in range(10)])
     assert [n for _,n in class_stats(f)]==[{0:i+1} for i in range(10)]
 
 def test_statistics_are_at_native_size(data):
     "A split that is read at half its size is counted in full"
-    half = SegFolder(replace(GTA, shrink=dict(train=.5)), data)
+    half = SegDataset(replace(GTA, split_scale=dict(train=.5)), data)
     assert half.label(0).shape==(20,30) and class_stats(half, quiet=True)==class_stats(gta(data), cache=False, quiet=True)
 
 def test_sixteen_bit_ids(data):
     spec = replace(GTA, labels=(replace(GTA.labels[0], ids={300:0, 301:1}, void=(65535,)),))
     for i in range(10): write(data/f'gta/labels/{i:05d}.png', np.where(np.arange(2400).reshape(40,60)<i, 301, 300).astype(np.uint16))
-    assert [n.get(1,0) for _,n in class_stats(SegFolder(spec, data), quiet=True)]==list(range(10))
+    assert [n.get(1,0) for _,n in class_stats(SegDataset(spec, data), quiet=True)]==list(range(10))
 
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0,2**32-1), h=st.integers(1,30), w=st.integers(1,30), n=st.integers(1,4))
@@ -235,18 +235,18 @@ def test_sums_equal_labelled_pixels(seed, h, w, n):
             lbl = rng.choice(np.array([*IDS, 0, 4, 255], np.uint8), (h,w))
             write(d/f'gta/images/{i:05d}.png', np.zeros((h,w,3), np.uint8)); write(d/f'gta/labels/{i:05d}.png', lbl)
             want.append(int(np.isin(lbl, IDS).sum()))
-        assert [sum(c.values()) for _,c in class_stats(SegFolder(GTA, d), quiet=True)]==want
-        merged = class_stats(SegFolder(GTA, d, space=CAMVID11, merge=CAMVID_MERGE), quiet=True)
+        assert [sum(c.values()) for _,c in class_stats(SegDataset(GTA, d), quiet=True)]==want
+        merged = class_stats(SegDataset(GTA, d, space=CAMVID11, merge=CAMVID_MERGE), quiet=True)
         assert all(sum(c.values())<=x and set(c)<=set(range(11)) for (_,c),x in zip(merged, want))
 
 def test_town_statistics_equal_counting(shared_data):
     if not (shared_data/'town').is_dir(): pytest.skip('needs ../shared/data/town')
     kw = dict(root=shared_data, limit=8)
     shipped = json.loads((shared_data/'town/sample_class_stats.json').read_text())
-    merged = SegFolder(TOWN, space=CAMVID11, merge=CAMVID_MERGE, **kw)
+    merged = SegDataset(TOWN, space=CAMVID11, merge=CAMVID_MERGE, **kw)
     keys = label_keys(merged)
     have,_ = read_stats(shared_data/'town/sample_class_stats.json', keys, ('.png','_labelTrainIds.png'))
-    raw = native_ids(merged)
+    raw = with_native_labels(merged)
     assert len(shipped)==700 and [have[k] for k in keys]==[count_label(raw, i) for i in range(8)]
     assert class_stats(merged, quiet=True)==counted(merged)
 
@@ -292,15 +292,15 @@ def test_no_class_at_all_is_an_error():
     with pytest.raises(ValueError, match='no labelled pixel'): RareClassSampler([], 5)
 
 def test_pixel_limits_scale_by_area():
-    assert rcs_px((1052,1914), (704,1280))==(3000,1500)
-    m,c = rcs_px((526,957), (352,640))
-    assert (m,c)==(750,375) and rcs_px((1052,1914), (704,1280), ratio=2)==(3000,6000)
+    assert scaled_rcs_limits((1052,1914), (704,1280))==(3000,1500)
+    m,c = scaled_rcs_limits((526,957), (352,640))
+    assert (m,c)==(750,375) and scaled_rcs_limits((1052,1914), (704,1280), ratio=2)==(3000,6000)
 
 # ---------------------------------------------------------------- several sources
 
 def test_statistics_of_several_datasets(data):
     a,b = gta(data),city(data, 'val')
-    both = SegConcat([a,b], weights=(1,3))
+    both = ConcatSegDataset([a,b], weights=(1,3))
     assert class_stats(both, quiet=True)==[(f'gta/{n}',c) for n,c in class_stats(a)]+[(f'cityscapes/{n}',c) for n,c in class_stats(b)]
     (data/'gta/labels/00002.png').write_bytes(b''); later(data/'gta/labels/00002.png')
     assert class_stats(both, quiet=True, skip_broken=True)[2]==('gta/images/00002.png',{}) and list(both.skipped)==['gta/images/00002.png']
@@ -370,8 +370,8 @@ def test_a_dataset_listed_twice_at_half_the_weight_counts_once():
 
 @pytest.mark.parametrize('w', [(1,), (1,2,3), (-1,2), (0,0), (np.nan,1), (np.inf,1), ((1,2),)])
 def test_bad_weights_are_errors(w, data):
-    with pytest.raises(ValueError, match='2 numbers are needed'): odds(w, 2)
-    with pytest.raises(ValueError, match='weights of gta . cityscapes: 2 numbers'): SegConcat([gta(data), city(data, 'val')], w)
+    with pytest.raises(ValueError, match='2 numbers are needed'): normalize_weights(w, 2)
+    with pytest.raises(ValueError, match='weights of gta . cityscapes: 2 numbers'): ConcatSegDataset([gta(data), city(data, 'val')], w)
     with pytest.raises(ValueError, match='share: 2 numbers'): RareClassSampler([('a',{0:1}),('b',{0:1})], 1, share=w)
 
 def test_names_in_upstreams_file_stay(data):
@@ -381,6 +381,6 @@ def test_names_in_upstreams_file_stay(data):
     rows = [{str(c):n for c,n in x.items()} | dict(file=f'data/gta/labels/{Path(name).stem}_labelTrainIds.png') for name,x in zip(folder.names, counts)]
     path = folder.root/'sample_class_stats.json'
     path.write_text(json.dumps(rows[:2]))
-    keep_stats(folder, {0: counts[0], 2: counts[2]})
+    write_stats(folder, {0: counts[0], 2: counts[2]})
     files = [r['file'] for r in json.loads(path.read_text())]
     assert files[:2]==[r['file'] for r in rows[:2]] and files[2].endswith(f'{Path(folder.names[2]).stem}.png')

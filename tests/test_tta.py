@@ -3,16 +3,16 @@ import weakref
 from functools import partial
 import cv2, numpy as np, pytest, torch, torch.nn.functional as F
 from torch import nn
-from udanb.core.types import Out, Sample, normalize
+from udanb.core.types import Sample, SegOutput, normalize
 from udanb.core.utils import seed_all
 from udanb.models.hrda import HRDA
-from udanb.inference.predict import evaluate, predict, whole
-from udanb.core.utils import inferring
+from udanb.inference.predict import evaluate, predict, whole_logits
+from udanb.core.utils import eval_mode
 from udanb.inference.folder import predict_folder
 from udanb.core.labels import LabelSpace
-from udanb.inference.metrics import Confusion
-from udanb.models.segmentor import segmentor
-from udanb.inference.tta import RATIOS, probabilities, tta, view, view_size
+from udanb.inference.metrics import ConfusionMatrix
+from udanb.models.segmentor import create_segmentor
+from udanb.inference.tta import TTA_SCALES, predict_probabilities, predict_view, scaled_size, tta
 
 SPACE = LabelSpace('four', ('a','b','c','d'), ((10,0,0),(0,20,0),(0,0,30),(40,40,40)))
 
@@ -24,7 +24,7 @@ class Net(nn.Module):
         self.conv,self.bn,self.drop,self.shapes = nn.Conv2d(3, n, 7, stride=4, padding=3),nn.BatchNorm2d(n),nn.Dropout2d(.5),[]
     def forward(self, img):
         self.shapes.append(tuple(img.shape))
-        return Out(self.drop(self.bn(self.conv(img))))
+        return SegOutput(self.drop(self.bn(self.conv(img))))
 
 class Even(nn.Module):
     "Mirrors with its input: 3×3 kernels made symmetric, full resolution"
@@ -33,7 +33,7 @@ class Even(nn.Module):
         seed_all(3)
         w = torch.randn(4,3,3,3)
         self.w = nn.Parameter((w+w.flip(-1))/2)
-    def forward(self, img): return Out(F.conv2d(img, self.w, padding=1))
+    def forward(self, img): return SegOutput(F.conv2d(img, self.w, padding=1))
 
 @pytest.fixture
 def net(): return Net()
@@ -67,7 +67,7 @@ def naive(net, img, ratios, flip, crop=None, stride=None, base=None):
                 answer[k] += (p[...,range(w-1,-1,-1)] if f else p)[0]
     return (answer/(len(ratios)*(1+flip))).float()
 
-@pytest.mark.parametrize('ratios', [RATIOS, (1.,), (.3,1.7), [2]])
+@pytest.mark.parametrize('ratios', [TTA_SCALES, (1.,), (.3,1.7), [2]])
 @pytest.mark.parametrize('flip', [True, False])
 @pytest.mark.parametrize('size', [(40,56), (33,21)])
 def test_equals_a_naive_loop(net, ratios, flip, size):
@@ -80,28 +80,28 @@ def test_windows_equal_a_naive_loop(net, crop, stride):
     torch.testing.assert_close(tta(net, img, (.5,1.,1.5), True, crop, stride), naive(net, img, (.5,1.,1.5), True, crop, stride), atol=1e-5, rtol=1e-4)
 
 def test_views_are_as_many_and_as_large_as_said(net):
-    tta(net, image(b=1), RATIOS, True)
+    tta(net, image(b=1), TTA_SCALES, True)
     assert net.shapes==[(1,3,h,w) for h,w in ((20,28),(30,42),(40,56),(50,70),(60,84),(70,98)) for _ in 'ab']
     net.shapes.clear(); tta(net, image(b=1), (.5,2.), False, 32)
     assert net.shapes==[(1,3,32,32)]+[(8,3,32,32)]*3       # 20×28 fits into one window, 80×112 needs 4×6, eight at a time
 
 def test_sizes_round_to_the_nearest():
-    assert [view_size((375,500), r) for r in (.5,1.,1.25)]==[(188,250),(375,500),(469,625)] and view_size((512,1024), .75)==(384,768)
-    assert view_size((2,3), .01)==(1,1)
+    assert [scaled_size((375,500), r) for r in (.5,1.,1.25)]==[(188,250),(375,500),(469,625)] and scaled_size((512,1024), .75)==(384,768)
+    assert scaled_size((2,3), .01)==(1,1)
     for bad in (0, -1, float('nan')):
-        with pytest.raises(ValueError, match='give a number above 0'): view_size((4,4), bad)
+        with pytest.raises(ValueError, match='give a number above 0'): scaled_size((4,4), bad)
 
 # ---- symmetries
 @pytest.mark.parametrize('size', [(32,48), (17,29)])
 def test_mirroring_a_mirrored_image_is_the_identity(size):
     "For a network that mirrors with its input, everything about mirrors cancels"
     net,img = Even(),image(*size)
-    with inferring(net):
-        once = view(net, img, size, flip=True)
-        torch.testing.assert_close(once, view(net, img, size), atol=1e-6, rtol=1e-5)
-        torch.testing.assert_close(view(net, img.flip(-1), size, flip=True).flip(-1), once, atol=1e-6, rtol=1e-5)
+    with eval_mode(net):
+        once = predict_view(net, img, size, flip=True)
+        torch.testing.assert_close(once, predict_view(net, img, size), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(predict_view(net, img.flip(-1), size, flip=True).flip(-1), once, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(tta(net, img, (1.,)), predict(net, img), atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(tta(net, img.flip(-1), RATIOS).flip(-1), tta(net, img, RATIOS), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(tta(net, img.flip(-1), TTA_SCALES).flip(-1), tta(net, img, TTA_SCALES), atol=1e-5, rtol=1e-4)
 
 def test_any_network_answers_a_mirrored_image_with_a_mirrored_map(net):
     "With flip=True the mean is symmetric even if the network is not; without it, it is not"
@@ -114,7 +114,7 @@ def test_one_plain_view_is_predict(net):
     assert tta(net, img, (1.,), flip=False).equal(predict(net, img))
 
 def test_means_are_probabilities_and_order_does_not_matter(net):
-    p,q = tta(net, image(), RATIOS),tta(net, image(), RATIOS[::-1])
+    p,q = tta(net, image(), TTA_SCALES),tta(net, image(), TTA_SCALES[::-1])
     torch.testing.assert_close(p.sum(1), torch.ones(2,40,56)); torch.testing.assert_close(p, q)
     assert p.min()>=0 and p.dtype==torch.float32 and not p.requires_grad
 
@@ -150,7 +150,7 @@ def test_one_view_at_a_time():
             out = super().forward(img)
             alive.append(weakref.ref(out.logits))
             return out
-    tta(Spy(), image(), RATIOS)
+    tta(Spy(), image(), TTA_SCALES)
     assert len(alive)==12 and most==0
 
 def test_empty_and_impossible_ratios(net):
@@ -160,8 +160,8 @@ def test_empty_and_impossible_ratios(net):
 
 def test_hrda_at_all_ratios():
     seed_all(0)
-    net = HRDA(segmentor('mit_b0', 4, dim=16), 32, dim=16).eval()
-    p = tta(net, image(64, 96, 1), RATIOS)
+    net = HRDA(create_segmentor('mit_b0', 4, dim=16), 32, dim=16).eval()
+    p = tta(net, image(64, 96, 1), TTA_SCALES)
     assert p.shape==(1,4,64,96) and p.isfinite().all()
 
 # ---- as a mode
@@ -170,8 +170,8 @@ def test_evaluate_and_folders_take_it(net, tmp_path):
     px = np.random.default_rng(2).integers(0, 256, (40,56,3), dtype=np.uint8)
     lbl = np.random.default_rng(3).integers(0, 4, (80,112)).astype(np.uint8)
     look,x = partial(tta, ratios=(.5,1.)),normalize(px)[None]
-    conf = evaluate(net, [(Sample(x, name=('a',)),torch.from_numpy(lbl))], Confusion(4), mode=look, quiet=True)
-    want = Confusion(4).update(F.interpolate(naive(net, x, (.5,1.), True), (80,112), mode='bilinear').argmax(1)[0], lbl)
+    conf = evaluate(net, [(Sample(x, name=('a',)),torch.from_numpy(lbl))], ConfusionMatrix(4), mode=look, quiet=True)
+    want = ConfusionMatrix(4).update(F.interpolate(naive(net, x, (.5,1.), True), (80,112), mode='bilinear').argmax(1)[0], lbl)
     assert conf.mat.equal(want.mat)
     (tmp_path/'in').mkdir(); Image.fromarray(px).save(tmp_path/'in'/'a.png')
     out = predict_folder(net, tmp_path/'in', tmp_path/'out', SPACE, mode=look, quiet=True)
@@ -181,17 +181,17 @@ def test_evaluate_and_folders_take_it(net, tmp_path):
 
 def test_probabilities_of_every_mode(net):
     img = image()
-    assert probabilities(net, img, (60,60)).equal(predict(net, img, (60,60)))
-    torch.testing.assert_close(probabilities(net, img, mode='slide', crop=24, stride=12), naive(net, img, (1.,), False, 24, 12), atol=1e-5, rtol=1e-4)
-    p = probabilities(net, img, (80,112), mode=partial(tta, ratios=(1.,1.5)))
+    assert predict_probabilities(net, img, (60,60)).equal(predict(net, img, (60,60)))
+    torch.testing.assert_close(predict_probabilities(net, img, mode='slide', crop=24, stride=12), naive(net, img, (1.,), False, 24, 12), atol=1e-5, rtol=1e-4)
+    p = predict_probabilities(net, img, (80,112), mode=partial(tta, ratios=(1.,1.5)))
     torch.testing.assert_close(p, F.interpolate(tta(net, img, (1.,1.5)), (80,112), mode='bilinear'))
     torch.testing.assert_close(p.sum(1), torch.ones(2,80,112))
 
 def test_what_is_no_probability_is_refused(net):
-    with pytest.raises(ValueError, match='are no probabilities'): probabilities(net, image(), mode=whole)
-    with pytest.raises(ValueError, match='are no probabilities'): probabilities(net, image(), mode=lambda n,x: predict(n, x)*.9)
-    with pytest.raises(ValueError, match='needs crop'): probabilities(net, image(), mode='slide')
-    with pytest.raises(ValueError, match="unknown mode 'whle'; did you mean 'whole'"): probabilities(net, image(), mode='whle')
-    with pytest.raises(ValueError, match='give crop and stride to it'): probabilities(net, image(), mode=tta, crop=8)
+    with pytest.raises(ValueError, match='are no probabilities'): predict_probabilities(net, image(), mode=whole_logits)
+    with pytest.raises(ValueError, match='are no probabilities'): predict_probabilities(net, image(), mode=lambda n,x: predict(n, x)*.9)
+    with pytest.raises(ValueError, match='needs crop'): predict_probabilities(net, image(), mode='slide')
+    with pytest.raises(ValueError, match="unknown mode 'whle'; did you mean 'whole'"): predict_probabilities(net, image(), mode='whle')
+    with pytest.raises(ValueError, match='give crop and stride to it'): predict_probabilities(net, image(), mode=tta, crop=8)
     net.conv.bias.data[0] = torch.nan
-    assert probabilities(net, image(), mode=partial(tta, ratios=(1.,))).isnan().any()      # seen by whoever uses them: see test_pseudo
+    assert predict_probabilities(net, image(), mode=partial(tta, ratios=(1.,))).isnan().any()      # seen by whoever uses them: see test_pseudo

@@ -11,12 +11,12 @@ from udanb.core.types import Sample
 from udanb.core.utils import seed_all
 from udanb.demo.render import toy_pair
 from udanb.methods.daformer import source_only
-from udanb.models.segmentor import param_groups, segmentor
+from udanb.models.segmentor import create_segmentor, param_groups
 from udanb.training.trainer import Trainer
-from udanb.checkpoints.averaging import MeanState, average, greedy_soup, soup, swa, update_bn
-from udanb.training.callbacks import Snapshots
-from udanb.training.schedules import cycle_ends, cyclic
-from udanb.checkpoints.weights import export_weights, load_into, load_weights, plain, save_weights, strip
+from udanb.checkpoints.averaging import StateDictMean, average, average_snapshots, greedy_soup, soup, update_bn
+from udanb.training.callbacks import SnapshotCallback
+from udanb.training.schedules import cosine_cycles, cycle_ends
+from udanb.checkpoints.weights import detached_copy, export_weights, extract_network, load_weights, load_weights_into, save_weights
 from udanb.core.state_dicts import weights_hash
 
 def make(seed=0):
@@ -45,26 +45,26 @@ def published(nets):
 # ---- strip
 def test_strip_keeps_exactly_one_network(nets, ckpt, published):
     for c in (ckpt,published,published['state_dict']):
-        assert same(strip(c), nets[0].state_dict()) and same(strip(c, 'teacher'), nets[1].state_dict())
+        assert same(extract_network(c), nets[0].state_dict()) and same(extract_network(c, 'teacher'), nets[1].state_dict())
 
 def test_stripped_tensors_own_their_memory():
     base = torch.arange(24.).view(2,3,4)
     views = dict(a=base[0], b=base.transpose(0,2), c=base[0], d=nn.Parameter(base))
-    s = strip(dict(model=views))
+    s = extract_network(dict(model=views))
     for k,v in s.items(): assert v.device.type=='cpu' and v.is_contiguous() and v.equal(views[k]) and not v.requires_grad and type(v) is torch.Tensor
     assert len({v.untyped_storage().data_ptr() for v in s.values()})==4 and s['a'].untyped_storage().nbytes()==48
     base.zero_()
     assert s['a'].sum()>0
 
 def test_strip_errors(ckpt, nets):
-    with pytest.raises(ValueError, match="unknown network 'techer'; did you mean 'teacher'"): strip(ckpt, 'techer')
-    with pytest.raises(ValueError, match='no teacher; it holds it, model'): strip({**ckpt, 'method':{}}, 'teacher')
-    with pytest.raises(ValueError, match='no student; it holds 0.weight'): strip(nets[0].state_dict())
+    with pytest.raises(ValueError, match="unknown network 'techer'; did you mean 'teacher'"): extract_network(ckpt, 'techer')
+    with pytest.raises(ValueError, match='no teacher; it holds it, model'): extract_network({**ckpt, 'method':{}}, 'teacher')
+    with pytest.raises(ValueError, match='no student; it holds 0.weight'): extract_network(nets[0].state_dict())
 
 def test_strip_knows_ddbs_names(nets, tmp_path):
     "Distillation's student and its two teachers; mmcv leaves a numpy number in `meta`"
     state = {f'{p}.{k}':v for p,n in zip(('stu_model','cu_model','ca_model'),nets) for k,v in n.state_dict().items()}
-    for which,n in zip(('student','cu','ca'),nets): assert same(strip(dict(state_dict=state), which), n.state_dict())
+    for which,n in zip(('student','cu','ca'),nets): assert same(extract_network(dict(state_dict=state), which), n.state_dict())
     torch.save(dict(meta=dict(hook_msgs=dict(best_score=np.float64(.5))), state_dict=state), tmp_path/'ddb.pth')
     assert same(load_weights(tmp_path/'ddb.pth', 'ca')[0], nets[2].state_dict())
     with pytest.raises(ValueError, match='no teacher'): load_weights(tmp_path/'ddb.pth', 'teacher')
@@ -123,7 +123,7 @@ def test_a_flipped_bit_is_found(tmp_path, nets):
     with pytest.raises(ValueError, match=f'not to {weights_hash(nets[0])} as when they were written'): load_weights(f)
 
 def test_safetensors_of_others_need_no_hash(tmp_path, nets):
-    save_file(plain(nets[0].state_dict()), tmp_path/'theirs.safetensors')
+    save_file(detached_copy(nets[0].state_dict()), tmp_path/'theirs.safetensors')
     state,meta = load_weights(tmp_path/'theirs.safetensors')
     assert meta=={} and weights_hash(state)==weights_hash(nets[0])
 
@@ -169,23 +169,23 @@ def test_a_file_of_ours_is_one_network(tmp_path, nets):
     "Names that look like a prefix are left as they are; a file of one network has no teacher"
     wrapped = nn.ModuleDict(dict(model=nets[0], ema_model=nets[1]))
     f = save_weights(tmp_path/'m.safetensors', wrapped)
-    assert weights_hash(load_weights(f)[0])==weights_hash(wrapped) and load_into(wrapped, f)['hash']==weights_hash(wrapped)
+    assert weights_hash(load_weights(f)[0])==weights_hash(wrapped) and load_weights_into(wrapped, f)['hash']==weights_hash(wrapped)
     with pytest.raises(ValueError, match='there is no teacher in it; it holds one network'):
         load_weights(save_weights(tmp_path/'n.safetensors', nets[0]), 'teacher')
 
 def test_a_checkpoint_converted_to_safetensors(tmp_path, nets, published):
     "Without our hash its prefixes mean what they mean in a .pth"
-    save_file(plain(published['state_dict']), tmp_path/'daformer.safetensors')
+    save_file(detached_copy(published['state_dict']), tmp_path/'daformer.safetensors')
     for which,n in zip(('student','teacher','imagenet'), nets):
         assert weights_hash(load_weights(tmp_path/'daformer.safetensors', which)[0])==weights_hash(n)
 
 # ---- into a network
 def test_load_into_is_exact(tmp_path, nets, ckpt):
     net = make(9)
-    assert load_into(net, save_weights(tmp_path/'m.safetensors', nets[1], dict(seed=1)))['seed']=='1'
+    assert load_weights_into(net, save_weights(tmp_path/'m.safetensors', nets[1], dict(seed=1)))['seed']=='1'
     assert same(net.state_dict(), nets[1].state_dict())
     torch.save(ckpt, tmp_path/'c.pt')
-    assert load_into(net, tmp_path/'c.pt')==dict(step='7', recipe=ckpt['recipe']) and same(net.state_dict(), nets[0].state_dict())
+    assert load_weights_into(net, tmp_path/'c.pt')==dict(step='7', recipe=ckpt['recipe']) and same(net.state_dict(), nets[0].state_dict())
 
 @pytest.mark.parametrize('change,say', [
     (lambda s: s.pop('1.running_var'), '1 missing: 1.running_var'),
@@ -195,7 +195,7 @@ def test_load_into_is_exact(tmp_path, nets, ckpt):
 def test_all_or_nothing(tmp_path, nets, change, say):
     state = copy.copy(nets[0].state_dict()); change(state)
     net = make(9); before = weights_hash(net)
-    with pytest.raises(ValueError, match=f'm.safetensors does not fit the network. {say}'): load_into(net, save_weights(tmp_path/'m.safetensors', state))
+    with pytest.raises(ValueError, match=f'm.safetensors does not fit the network. {say}'): load_weights_into(net, save_weights(tmp_path/'m.safetensors', state))
     assert weights_hash(net)==before
 
 
@@ -220,7 +220,7 @@ def test_soup_of_copies_is_the_copy(tmp_path, k, weights):
 
 def test_equal_to_torchs_averaged_model(nets):
     theirs = swa_utils.AveragedModel(nets[0], use_buffers=True)
-    mean = MeanState()
+    mean = StateDictMean()
     for i,n in enumerate(nets):
         for _ in range(i): n(torch.randn(2,3,8,8))
         theirs.update_parameters(n); mean.add(n.state_dict())
@@ -231,7 +231,7 @@ def test_equal_to_torchs_averaged_model(nets):
 
 def test_weighted_mean_against_numpy(tmp_path):
     states,w = [rich(i) for i in range(3)],[3,1,.5]
-    mean = MeanState()
+    mean = StateDictMean()
     for s,x in zip(states, w): mean.add(s, x)
     got = mean.value()
     for k,v in got.items():
@@ -247,7 +247,7 @@ def test_order_matters_only_to_the_counters(tmp_path, nets):
 
 def test_adding_leaves_the_members_alone(nets):
     before = [weights_hash(n) for n in nets]
-    mean = MeanState()
+    mean = StateDictMean()
     for n in nets: mean.add(n.state_dict())
     v = mean.value(); v['0.weight'].zero_(); v['1.num_batches_tracked'].fill_(99)
     assert [weights_hash(n) for n in nets]==before and mean.value()['0.weight'].abs().sum()>0 and mean.value()['1.num_batches_tracked']==0
@@ -265,7 +265,7 @@ def test_members_that_do_not_fit(tmp_path, nets, change, say):
     with pytest.raises(ValueError, match=say): soup(files, tmp_path/'soup.safetensors')
     with pytest.raises(ValueError, match=say): greedy_soup(files, lambda s: 1.)
     assert not (tmp_path/'soup.safetensors').exists()
-    mean = MeanState().add(nets[0].state_dict())
+    mean = StateDictMean().add(nets[0].state_dict())
     with pytest.raises(ValueError): mean.add(odd)
     assert weights_hash(mean.value())==weights_hash(nets[0])             # nothing of it was added
 
@@ -360,7 +360,7 @@ def test_update_bn_against_torch_and_a_naive_mean():
     torch.testing.assert_close(net[1].running_var, torch.stack([b.transpose(0,1).flatten(1).var(1) for b in y]).mean(0))
 
 def test_update_bn_leaves_frozen_ones_and_gradients():
-    net = segmentor('tf_efficientnet_lite0', 5, dim=16, freeze_bn=True)
+    net = create_segmentor('tf_efficientnet_lite0', 5, dim=16, freeze_bn=True)
     enc = weights_hash(net.backbone)
     head = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.head.modules())
     assert update_bn(net, [torch.randn(2,3,64,64)])==head>0 and weights_hash(net.backbone)==enc and net.training
@@ -378,33 +378,33 @@ def test_update_bn_puts_back_what_it_found():
 # ---- SWA
 @pytest.mark.parametrize('steps,cycles', [(12,3), (100,7), (10,10), (5,1), (1,1), (601,12)])
 def test_cycles(steps, cycles):
-    f,ends = [cyclic(t, steps, cycles) for t in range(steps)],cycle_ends(steps, cycles)
+    f,ends = [cosine_cycles(t, steps, cycles) for t in range(steps)],cycle_ends(steps, cycles)
     assert len(ends)==cycles and ends[-1]==steps and max(np.diff([0,*ends]))-min(np.diff([0,*ends]))<=1
     for a,b in zip([0,*ends], ends):                                                  # each cycle against mmcv's cosine, drawn to its last step
         want = [.01+.5*.99*(math.cos(math.pi*t/max(b-a-1,1))+1) for t in range(b-a)] if b-a>1 else [.01]
         np.testing.assert_allclose(f[a:b], want, atol=1e-12)
         assert abs(f[b-1]-.01)<1e-12 and (b-a==1 or f[a]==1)
     assert all(.01-1e-12<=x<=1 for x in f)
-    assert abs(min(cyclic(t, steps, cycles, low=.5) for t in range(steps))-.5)<1e-12
+    assert abs(min(cosine_cycles(t, steps, cycles, low=.5) for t in range(steps))-.5)<1e-12
 
 def test_cycles_that_cannot_be():
     for bad in (0,6,-1):
-        with pytest.raises(ValueError, match=f'{bad} cycles in 5 steps'): cyclic(0, 5, bad)
+        with pytest.raises(ValueError, match=f'{bad} cycles in 5 steps'): cosine_cycles(0, 5, bad)
     for it in (-1,5):
-        with pytest.raises(ValueError, match=f'step {it} is not in a run of 5'): cyclic(it, 5, 2)
+        with pytest.raises(ValueError, match=f'step {it} is not in a run of 5'): cosine_cycles(it, 5, 2)
 
 def trainer(out, steps=6, cycles=3, **kw):
     seed_all(0)
-    net = segmentor('mit_b0', 19, dim=16)
+    net = create_segmentor('mit_b0', 19, dim=16)
     def loader(start):
         for i in range(start, steps): yield toy_pair(2, seed=i, size=(32,64))
-    rate = partial(cyclic, cycles=cycles)
+    rate = partial(cosine_cycles, cycles=cycles)
     return Trainer(net, source_only(net), param_groups(net, lr=1e-3), loader, steps, out, schedule=rate, recipe=dict(name='toy'),
-                   callbacks=[Snapshots(cycles, dict(classes=['x']))], quiet=True, **kw)
+                   callbacks=[SnapshotCallback(cycles, dict(classes=['x']))], quiet=True, **kw)
 
 def test_snapshots_of_a_real_run_and_of_an_interrupted_one(tmp_path):
     t = trainer(tmp_path/'a'); seen = {}
-    t.callbacks.append(lambda t,logs: seen.update({t.it: plain(t.student.state_dict())}))
+    t.callbacks.append(lambda t,logs: seen.update({t.it: detached_copy(t.student.state_dict())}))
     log = t.fit()
     at = tmp_path/'a'/'snapshots'
     assert sorted(f.name for f in at.iterdir())==['2.safetensors','4.safetensors','6.safetensors']
@@ -413,32 +413,32 @@ def test_snapshots_of_a_real_run_and_of_an_interrupted_one(tmp_path):
         assert weights_hash(state)==weights_hash(seen[n]) and {k: meta[k] for k in ('step','cycle','cycles','recipe','classes')}==dict(
             step=str(n), cycle=str(i+1), cycles='3', recipe='{"name": "toy"}', classes='["x"]')
     np.testing.assert_allclose([r['lr']/1e-3 for r in log], [1,.01]*3, atol=1e-9)
-    mean = MeanState()
+    mean = StateDictMean()
     for n in (2,4,6): mean.add(seen[n])
-    assert weights_hash(swa(tmp_path/'a'))==weights_hash(swa(at))==weights_hash(mean.value())
+    assert weights_hash(average_snapshots(tmp_path/'a'))==weights_hash(average_snapshots(at))==weights_hash(mean.value())
     # interrupted after step 5, with a checkpoint of step 3: step 4's snapshot is written again, the same
     u = trainer(tmp_path/'b', save_every=3)
     def stop(t, logs):
         if t.it==5: raise KeyboardInterrupt
     u.callbacks.append(stop)
     with pytest.raises(KeyboardInterrupt): u.fit()
-    with pytest.raises(ValueError, match='cycles 1/3, 2/3; let it finish'): swa(tmp_path/'b')
+    with pytest.raises(ValueError, match='cycles 1/3, 2/3; let it finish'): average_snapshots(tmp_path/'b')
     (tmp_path/'b'/'snapshots'/'.6.77.part.safetensors').write_bytes(b'half')            # what a killed process leaves
     trainer(tmp_path/'b', save_every=3).fit()
-    assert weights_hash(swa(tmp_path/'b'))==weights_hash(mean.value())
+    assert weights_hash(average_snapshots(tmp_path/'b'))==weights_hash(mean.value())
 
 def test_swa_refuses_what_is_not_one_run(tmp_path, nets):
-    with pytest.raises(FileNotFoundError, match='no snapshots there'): swa(tmp_path)
+    with pytest.raises(FileNotFoundError, match='no snapshots there'): average_snapshots(tmp_path)
     def put(step, cycle, cycles): return save_weights(tmp_path/'snapshots'/f'{step}.safetensors', nets[0], dict(cycle=cycle, cycles=cycles))
     put(5, 1, 2); put(10, 2, 2)
-    assert weights_hash(swa(tmp_path))==weights_hash(nets[0])
+    assert weights_hash(average_snapshots(tmp_path))==weights_hash(nets[0])
     put(3, 1, 3)                                                                        # of a run with other cycles
-    with pytest.raises(ValueError, match='cycles 1/3, 1/2, 2/2'): swa(tmp_path)
+    with pytest.raises(ValueError, match='cycles 1/3, 1/2, 2/2'): average_snapshots(tmp_path)
     (tmp_path/'snapshots'/'3.safetensors').unlink()
     f = put(10, 2, 2); f.write_bytes(f.read_bytes()[:-3])
-    with pytest.raises(ValueError, match='10.safetensors: not a whole safetensors file'): swa(tmp_path)
+    with pytest.raises(ValueError, match='10.safetensors: not a whole safetensors file'): average_snapshots(tmp_path)
     save_weights(f, nets[1])
-    with pytest.raises(ValueError, match='not the snapshots of one whole run but cycles 1/2, None/None'): swa(tmp_path)
+    with pytest.raises(ValueError, match='not the snapshots of one whole run but cycles 1/2, None/None'): average_snapshots(tmp_path)
 
 
 # ---- export
@@ -448,7 +448,7 @@ def test_export(tmp_path, nets, ckpt):
     torch.save(ckpt, run/'checkpoint.pt')
     for path,which,net in ((run,'student',nets[0]), (run,'teacher',nets[1]), (run/'checkpoint.pt','teacher',nets[1]), (run/'checkpoint.pt','student',nets[0])):
         fresh = make(9)
-        meta = load_into(fresh, export_weights(path, tmp_path/'x.safetensors', which, dict(why='test')))
+        meta = load_weights_into(fresh, export_weights(path, tmp_path/'x.safetensors', which, dict(why='test')))
         assert same(fresh.state_dict(), net.state_dict())
         assert (meta['recipe'],meta['classes'],meta['network'],meta['why'])==(ckpt['recipe'],'["a"]',which,'test')
     save_weights(run/'model.safetensors', nets[0], dict(recipe='{"name": "other"}', classes=['b']))

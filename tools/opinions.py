@@ -19,13 +19,13 @@ from itertools import islice
 import pandas as pd
 import torch
 
-from udanb.core.utils import progress, resolve, upsample
+from udanb.core.utils import progress_bar, resolve, upsample
 from udanb.core.storage import read_json
 from udanb.data.loaders import eval_loader
-from udanb.data.transforms import EvalTfm
-from udanb.inference.metrics import Confusion, iou_dict
-from udanb.methods.instance_bank import InstanceBank, aggregate, candidates, check_bank, grid_labels
-from udanb.runs.build import batches, box, folders
+from udanb.data.transforms import EvalTransform
+from udanb.inference.metrics import ConfusionMatrix, iou_dict
+from udanb.methods.instance_bank import InstanceBank, class_candidates, evaluate_bank, grid_labels, profile_to_class_probs
+from udanb.runs.build import eval_image_size, open_datasets, train_loader_factory
 from udanb.runs.recipe import from_json
 from udanb.runs.results import load_run
 
@@ -38,8 +38,8 @@ def filled(net, loader, n, edge):
         out = net.train()(source.img)
         bank = bank or InstanceBank(n, out.fused.shape[1])
         lbl = grid_labels(source.lbl, out.fused.shape[-2:])
-        for found, here in zip(*candidates(out.fused, lbl, n, edge, gen)):
-            bank.put(found, here)
+        for found, here in zip(*class_candidates(out.fused, lbl, n, edge, gen)):
+            bank.update(found, here)
     return bank
 
 
@@ -48,17 +48,17 @@ def opinions(net, bank, img, tau):
     "Probabilities (1,C,H,W) of the classifier, of the bank, and their mean"
     out, size = net(img), img.shape[-2:]
     classifier = upsample(out.logits, size).softmax(1)
-    profiles = bank.sims(out.fused, tau).softmax(1)
-    masses = upsample(aggregate(profiles, bank.label, bank.n), size)
+    profiles = bank.similarities(out.fused, tau).softmax(1)
+    masses = upsample(profile_to_class_probs(profiles, bank.label, bank.n), size)
     return dict(classifier=classifier, bank=masses, mean=(classifier + masses) / 2)
 
 
 def confusions(net, bank, recipe, vals, space, args):
     "`{whose prediction: Confusion}` over every n-th image of the val splits"
-    found = defaultdict(lambda: Confusion(len(space)))
+    found = defaultdict(lambda: ConfusionMatrix(len(space)))
     for val in vals.values():
-        loader = eval_loader(val, EvalTfm(box(recipe, val.spec)))
-        for i, (sample, lbl) in enumerate(progress(loader, 'val')):
+        loader = eval_loader(val, EvalTransform(eval_image_size(recipe, val.spec)))
+        for i, (sample, lbl) in enumerate(progress_bar(loader, 'val')):
             if i % args.every:
                 continue
             for name, probs in opinions(net, bank, sample.img, args.tau).items():
@@ -85,14 +85,14 @@ def parse(args):
 def main(args=None):
     a = parse(args)
     recipe = from_json(read_json(resolve(a.run) / 'recipe.json'))
-    src, tgt, vals = folders(recipe, a.data_root)
-    loader = islice(batches(recipe, src, tgt)(0), a.batches)
+    src, tgt, vals = open_datasets(recipe, a.data_root)
+    loader = islice(train_loader_factory(recipe, src, tgt)(0), a.batches)
     bank = filled(load_run(resolve(a.run)), loader, len(src.space), not a.means)
     net = load_run(resolve(a.run), a.which)
     found = confusions(net, bank, recipe, vals, src.space, a)
     scores = {k: dict(miou=100 * c.miou()) | iou_dict(c, src.space) for k, c in found.items()}
     table = pd.DataFrame(scores).T.round(1)
-    print('bank:', {k: round(v, 2) for k, v in check_bank(bank, a.tau).items()})
+    print('bank:', {k: round(v, 2) for k, v in evaluate_bank(bank, a.tau).items()})
     print(table.to_string())
     return table
 

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from .plots import _figure, _RUNS
-from .utils import pick
+from .utils import lookup
 
 # %% ../../nbs/core/07_charts.ipynb #696b8ecf
 @_figure
@@ -59,7 +59,7 @@ def show_curves(
     "Losses, pseudo-label trust, learning rate and mIoU over the steps, one panel each; the figure"
     df = pd.DataFrame(log)
     df = df.groupby(next((df[c] for c in ('it','step') if c in df), df.index)).last().select_dtypes('number').dropna(axis=1, how='all')
-    for k in keys or (): pick(k, df.columns.tolist(), 'key of the log')
+    for k in keys or (): lookup(k, df.columns.tolist(), 'key of the log')
     panels = {p:ks for p in ('loss','trust q','learning rate','mIoU (%)') if (ks := [k for k in keys or df if _kind(k)==p])}
     if not panels: raise ValueError(f'nothing to draw: the log has {df.columns.tolist()}, and no losses, q, lr or miou among them')
     fig,axs = plt.subplots(1, len(panels), figsize=(1.85*len(panels)+.3,1.6), squeeze=False)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CITYSCAPES19', 'CITYSCAPES_IDS', 'CITYSCAPES_VOID', 'SYNTHIA_IDS', 'SYNTHIA_VOID', 'SYNTHIA16', 'SYNTHIA13',
-           'CAMVID11', 'ZEROWASTE5', 'SPACES', 'CAMVID_MERGE', 'UNKNOWN', 'LabelSpace', 'into', 'compose', 'id_table',
-           'remap', 'count_ids', 'colorize']
+           'CAMVID11', 'ZEROWASTE5', 'LABEL_SPACES', 'CAMVID_MERGE', 'UNDECLARED_ID', 'LabelSpace', 'train_id_map',
+           'chain_id_maps', 'make_lookup_table', 'remap', 'bincount_ids', 'colorize']
 
 # %% ../../nbs/core/03_labels.ipynb #7b29a74d
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from fastcore.basics import patch
 from .types import IGNORE
-from .utils import pick
+from .utils import lookup
 
 # %% ../../nbs/core/03_labels.ipynb #5a27f5f7
 @dataclass(frozen=True, repr=False)
@@ -35,7 +35,7 @@ class LabelSpace:
     def __repr__(self): return f'LabelSpace({self.name}: {len(self)} classes)'
     def index(self, name:str)->int:
         "The index of a class; an unknown name raises with the nearest one"
-        return self.classes.index(pick(name, self.classes, f'class of {self.name}'))
+        return self.classes.index(lookup(name, self.classes, f'class of {self.name}'))
     @property
     def palette(self)->np.ndarray:
         "(256,3) uint8: the classes' colours, black for `IGNORE`, magenta for numbers that should not occur"
@@ -74,24 +74,24 @@ SYNTHIA_IDS = {r[2]:i for i,r in enumerate(_TABLE)}                # SYNTHIA lab
 SYNTHIA_VOID = (0,13,14,22)                                        # void, parking slot, road work, lane marking
 
 # %% ../../nbs/core/03_labels.ipynb #5fb0cf01
-def _cut(name, train_ids):
+def _subset_space(name, train_ids):
     c,ids = CITYSCAPES19,tuple(train_ids)
     return LabelSpace(name, tuple(c.classes[t] for t in ids), tuple(c.colors[t] for t in ids),
                       tuple(i for i,t in enumerate(ids) if t in c.things), ids)
 
-SYNTHIA16 = _cut('synthia16', (i for i in range(19) if i not in (9,14,16)))
-SYNTHIA13 = _cut('synthia13', (i for i in range(19) if i not in (3,4,5,9,14,16)))
-CAMVID11 = _cut('camvid11', (0,1,2,4,5,7,8,10,11,13,18))
+SYNTHIA16 = _subset_space('synthia16', (i for i in range(19) if i not in (9,14,16)))
+SYNTHIA13 = _subset_space('synthia13', (i for i in range(19) if i not in (3,4,5,9,14,16)))
+CAMVID11 = _subset_space('camvid11', (0,1,2,4,5,7,8,10,11,13,18))
 
 # %% ../../nbs/core/03_labels.ipynb #24471a94
 ZEROWASTE5 = LabelSpace('zerowaste5', ('background','rigid plastic','cardboard','metal','soft plastic'),
                         ((0,0,0),(128,64,128),(244,35,232),(70,70,70),(102,102,156)), things=(1,2,3,4))
-SPACES = {s.name:s for s in (CITYSCAPES19,SYNTHIA16,SYNTHIA13,CAMVID11,ZEROWASTE5)}
+LABEL_SPACES = {s.name:s for s in (CITYSCAPES19,SYNTHIA16,SYNTHIA13,CAMVID11,ZEROWASTE5)}
 
 # %% ../../nbs/core/03_labels.ipynb #cda06c21
 CAMVID_MERGE = {3:2, 6:7, 9:8, 12:18, 14:13, 15:13, 17:18}   # wall→building, light→sign, terrain→vegetation, rider→bicycle, …
 
-def into(
+def train_id_map(
     space:LabelSpace, # where to go
     merge:dict={},    # train id -> train id of a class in `space`, applied first, once
 )->dict: # every train id -> index in `space`, or `IGNORE`
@@ -104,7 +104,7 @@ def into(
     return {t:idx.get(merge.get(t,t), IGNORE) for t in every}
 
 # %% ../../nbs/core/03_labels.ipynb #de24f95d
-def compose(
+def chain_id_maps(
     ids:dict,  # id -> train id, or `IGNORE`
     then:dict, # train id -> index, or `IGNORE`
 )->dict: # id -> index, or `IGNORE`
@@ -113,32 +113,32 @@ def compose(
     return {k:IGNORE if v==IGNORE else then[v] for k,v in ids.items()}
 
 # %% ../../nbs/core/03_labels.ipynb #83264e95
-UNKNOWN = 254   # marks ids that no table knows; never leaves `remap`
+UNDECLARED_ID = 254   # marks ids that no table knows; never leaves `remap`
 
-def id_table(
+def make_lookup_table(
     ids:dict,   # id -> index, or `IGNORE`
     known=(),   # ids that are legal but ignored
     n=256,      # ids 0…n-1 may be asked for
 )->np.ndarray: # (n,) uint8: `table[lbl]` translates a label
-    "The lookup table of an id map; ids in neither `ids` nor `known` get `UNKNOWN`"
-    tab = np.full(n, UNKNOWN, np.uint8)
+    "The lookup table of an id map; ids in neither `ids` nor `known` get `UNDECLARED_ID`"
+    tab = np.full(n, UNDECLARED_ID, np.uint8)
     for i in (*known, *([IGNORE] if n>IGNORE else [])): tab[i] = IGNORE
     for i,v in ids.items():
-        if not (0<=i<n and (0<=v<UNKNOWN or v==IGNORE)): raise ValueError(f'id {i} -> {v}: ids go from 0 to {n-1}, indices from 0 to {UNKNOWN-1}, or {IGNORE}')
+        if not (0<=i<n and (0<=v<UNDECLARED_ID or v==IGNORE)): raise ValueError(f'id {i} -> {v}: ids go from 0 to {n-1}, indices from 0 to {UNDECLARED_ID-1}, or {IGNORE}')
         tab[i] = v
     return tab
 
 @patch
-def lut(self:LabelSpace, merge:dict={})->np.ndarray:
-    "(256,) uint8 table from train ids to indices of this space, see `into`"
-    return id_table(into(self, merge))
+def lookup_table(self:LabelSpace, merge:dict={})->np.ndarray:
+    "(256,) uint8 table from train ids to indices of this space, see `train_id_map`"
+    return make_lookup_table(train_id_map(self, merge))
 
 # %% ../../nbs/core/03_labels.ipynb #e9348852
-def _byte_table(t): return t[:256] if len(t)>=256 else np.pad(t, (0,256-len(t)), constant_values=UNKNOWN)
+def _byte_table(t): return t[:256] if len(t)>=256 else np.pad(t, (0,256-len(t)), constant_values=UNDECLARED_ID)
 
 def remap(
     lbl:np.ndarray,   # (H,W) integers, as read from a file
-    table:np.ndarray, # from `id_table`
+    table:np.ndarray, # from `make_lookup_table`
     name='',          # the file, for the message
 )->np.ndarray: # (H,W) uint8 indices and `IGNORE`
     "Translate a label; an undeclared id raises `ValueError` with the file, the ids and their pixel counts"
@@ -149,16 +149,16 @@ def remap(
         out = cv2.LUT(lbl.astype(np.uint8, copy=False), _byte_table(table))
     else:
         out = table[np.clip(lbl, 0, len(table)-1)]
-        out[(lbl<0)|(lbl>=len(table))] = UNKNOWN
-    if (stray := out==UNKNOWN).any():
+        out[(lbl<0)|(lbl>=len(table))] = UNDECLARED_ID
+    if (stray := out==UNDECLARED_ID).any():
         ids = ', '.join(f'{i} ({n} px)' for i,n in zip(*np.unique(lbl[stray], return_counts=True)))
-        raise ValueError(f"{where}: ids outside the table: {ids}; known ids: {np.flatnonzero(table!=UNKNOWN).tolist()}. "
+        raise ValueError(f"{where}: ids outside the table: {ids}; known ids: {np.flatnonzero(table!=UNDECLARED_ID).tolist()}. "
                          "Is it the right kind of label file (label ids, train ids)? If these ids are legal, list them in the dataset's "
                          "`ids`, or in its `void` to ignore them.")
     return out
 
 # %% ../../nbs/core/03_labels.ipynb #2782bf85
-def count_ids(
+def bincount_ids(
     lbl:np.ndarray, # uint8, any shape
     piece=2**24,    # pixels counted at once: above this a float32 count would be rounded
 )->np.ndarray: # (256,) int64: pixels of each value

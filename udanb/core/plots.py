@@ -62,7 +62,7 @@ def save_figure(
     return atomic_write(path, lambda p: fig.savefig(p, dpi=dpi, bbox_inches='tight'))
 
 # %% ../../nbs/core/06_plots.ipynb #afb53d66
-def _marks(space, lbls):
+def _legend_handles(space, lbls):
     "Legend entries of the classes that occur in `lbls`"
     ids = np.unique(np.concatenate([np.unique(_array(l)) for l in lbls])) if len(lbls) else ()
     marks = [Patch(facecolor=np.array(space.colors[i])/255, edgecolor='.8', label=space.classes[i]) for i in ids if i<len(space)]
@@ -105,7 +105,7 @@ def show_sample(
     pics,rows,lbls = [[_pixels(i) for i in x.img]],['image'],[] if x.lbl is None else [_array(l) for l in x.lbl]
     if lbls: pics.append([colorize(l, space) for l in lbls]); rows.append('label')
     if x.wgt is not None: pics.append([_array(w).astype(float) for w in x.wgt]); rows.append('trust')
-    return _grid(pics, rows, [x.name[i] if x.name else f'{i}' for i in k], _marks(space, lbls))[0]
+    return _grid(pics, rows, [x.name[i] if x.name else f'{i}' for i in k], _legend_handles(space, lbls))[0]
 
 # %% ../../nbs/core/06_plots.ipynb #2a43b4ea
 @_figure
@@ -124,7 +124,7 @@ def show_step(
     lbls = [_array(l.lbl[i]) for _,l,i in trio]
     pics = [[_pixels(s.img[i]) for s,_,i in trio], [colorize(l, space) for l in lbls], [one(l,i) for _,l,i in trio]]
     fig,axs = _grid(pics, ['image','label','trust'], [f'{k} {i}' if n>1 else k for i in range(n) for k in ('source','target','mixed')],
-                    _marks(space, lbls), width=7.2 if n==1 else 10, extra=.18)
+                    _legend_handles(space, lbls), width=7.2 if n==1 else 10, extra=.18)
     for c in range(1, 3*n, 3): axs[1,c].set_xlabel(f'pseudo-label, q = {pics[2][c].max():.2f}', labelpad=2)
     return fig
 
@@ -142,7 +142,7 @@ def show_panel(
     named = [('truth',truths), ('before',befores), ('after',afters)]
     rows = [(k, [_array(l) for l in ls]) for k,ls in named if ls is not None]
     pics = [[_pixels(i) for i in imgs]]+[[colorize(l, space) for l in ls] for _,ls in rows]
-    fig,axs = _grid(pics, ['image']+[k for k,_ in rows], names, _marks(space, [l for _,ls in rows for l in ls]))
+    fig,axs = _grid(pics, ['image']+[k for k,_ in rows], names, _legend_handles(space, [l for _,ls in rows for l in ls]))
     for r,(k,ls) in enumerate(rows, 1):
         if truths is None or k=='truth': continue
         for ax,l,t in zip(axs[r], ls, map(_array, truths)):
@@ -162,4 +162,4 @@ def show_prediction(
 ):
     "Image, classes over the image, confidence: one column per image, with the legend of the classes; the figure"
     pics = [[_pixels(i) for i in imgs], [overlay(i, l, space, alpha) for i,l in zip(imgs, lbls)], [_array(c).astype(float) for c in confs]]
-    return _grid(pics, ['image','classes','confidence'], names, _marks(space, lbls))[0]
+    return _grid(pics, ['image','classes','confidence'], names, _legend_handles(space, lbls))[0]
