@@ -1,43 +1,94 @@
 "Additions on top of each other, as recipes build them: two steps are finite, and each addition has a gradient of its own"
+
 import math
-import pytest, torch, yaml
+
+import pytest
+import torch
+import yaml
 from conftest import ROOT
-from udanb.runs.build import build_trainer, eval_image_size
+
 from udanb.core.utils import seed_all
 from udanb.demo.render import write_demo
 from udanb.methods.cluda import UncertainDetailView
 from udanb.methods.dida import BankCalibratedView
 from udanb.methods.extras import RareClassPasteView, pass_of
+from udanb.models.segmentor import create_segmentor, param_groups
+from udanb.runs.build import build_trainer, eval_image_size
 from udanb.runs.grid import NOTEBOOK_PARAMETERS
 from udanb.runs.presets import make_recipe
 from udanb.runs.recipe import pair_of
-from udanb.models.segmentor import create_segmentor, param_groups
 from udanb.training.trainer import Step
 
-TINY = dict(backbone='mit_b0', weights=None, dim=16, batch=2, crop=(64,64), rcs_px=8, rcs_ratio=.5, steps=2, tau=0., fd=0., blur=0.)
-ARGS = dict(paste=dict(names=['pole','traffic light','traffic sign','person','car'], least=1e-4), cluda=dict(after=0), dida=dict(every=1))
-NETS = dict(plain={}, hrda=dict(hrda=True), upernet=dict(head='upernet'), fcn=dict(head='fcn'),
-            hrda_upernet=dict(hrda=True, head='upernet'), hrda_fcn=dict(hrda=True, head='fcn', crop=(128,128)))
-PLUS = [('dida','cluda'), ('dida','mic','cluda'), ('mic','soft','paste','mmd'), ('dida','mic','cluda','soft','paste','mmd')]
-NOTES = {'bank_mass','bank_entropy'}                     # told, not learnt
-ADDED = dict(dida={'mixed/instance'}, cluda={'source/contrast','mixed/contrast'}, mic={'masked/ce'}, soft={'target/ce'},
-             mmd={'source/mmd','mixed/mmd'}, paste=set())
+TINY = dict(
+    backbone='mit_b0',
+    weights=None,
+    dim=16,
+    batch=2,
+    crop=(64, 64),
+    rcs_px=8,
+    rcs_ratio=0.5,
+    steps=2,
+    tau=0.0,
+    fd=0.0,
+    blur=0.0,
+)
+ARGS = dict(
+    paste=dict(names=['pole', 'traffic light', 'traffic sign', 'person', 'car'], least=1e-4),
+    cluda=dict(after=0),
+    dida=dict(every=1),
+)
+NETS = dict(
+    plain={},
+    hrda=dict(hrda=True),
+    upernet=dict(head='upernet'),
+    fcn=dict(head='fcn'),
+    hrda_upernet=dict(hrda=True, head='upernet'),
+    hrda_fcn=dict(hrda=True, head='fcn', crop=(128, 128)),
+)
+PLUS = [
+    ('dida', 'cluda'),
+    ('dida', 'mic', 'cluda'),
+    ('mic', 'soft', 'paste', 'mmd'),
+    ('dida', 'mic', 'cluda', 'soft', 'paste', 'mmd'),
+]
+NOTES = {'bank_mass', 'bank_entropy'}  # told, not learnt
+ADDED = dict(
+    dida={'mixed/instance'},
+    cluda={'source/contrast', 'mixed/contrast'},
+    mic={'masked/ce'},
+    soft={'target/ce'},
+    mmd={'source/mmd', 'mixed/mmd'},
+    paste=set(),
+)
+
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
     root = tmp_path_factory.mktemp('data')
-    write_demo(root/'demo', n_source=6, n_target=6, n_val=2, size=(64,128))
+    write_demo(root / 'demo', n_source=6, n_target=6, n_val=2, size=(64, 128))
     return root
 
+
 def trainer(data, out, plus, **over):
-    r = make_recipe('daformer', 'demo', over=TINY | dict(plus=list(plus), args={k: v for k,v in ARGS.items() if k in plus}) | over)
+    r = make_recipe(
+        'daformer',
+        'demo',
+        over=TINY | dict(plus=list(plus), args={k: v for k, v in ARGS.items() if k in plus}) | over,
+    )
     return build_trainer(r, data, out, quiet=True)
+
 
 def size_of(v, module):
     "Sum of the absolute gradients of `v` in a module's parameters"
     ps = [p for p in module.parameters() if p.requires_grad]
-    if not v.requires_grad or not ps: return 0.
-    return sum(g.abs().sum().item() for g in torch.autograd.grad(v, ps, retain_graph=True, allow_unused=True) if g is not None)
+    if not v.requires_grad or not ps:
+        return 0.0
+    return sum(
+        g.abs().sum().item()
+        for g in torch.autograd.grad(v, ps, retain_graph=True, allow_unused=True)
+        if g is not None
+    )
+
 
 def gradients(t, step):
     "For each criterion of each pass: its value, and the size of its own gradient in the student (and in the criterion, where it has weights)"
@@ -46,9 +97,10 @@ def gradients(t, step):
         x = p.view(step)
         out = t.student(x.img)
         for c in p.crits:
-            v = c.w*c(out, x, step)
-            found[f'{p.name}/{c.name}'] = v.item(),size_of(v, t.student),size_of(v, c)
+            v = c.w * c(out, x, step)
+            found[f'{p.name}/{c.name}'] = v.item(), size_of(v, t.student), size_of(v, c)
     return found
+
 
 @pytest.mark.parametrize('net', NETS)
 @pytest.mark.parametrize('plus', PLUS, ids='+'.join)
@@ -56,104 +108,255 @@ def test_two_steps_and_a_gradient_from_each(plus, net, data, tmp_path):
     t = trainer(data, tmp_path, plus, **NETS[net])
     batches = [b[:2] for b in t.loader(0)]
     logs = [t.step(*b) for b in batches]
-    assert t.it==2 and all(math.isfinite(v) for l in logs for v in l.values())
-    seed_all(1)                                                 # details of several classes: one alone has nothing to contrast
+    assert t.it == 2 and all(math.isfinite(v) for l in logs for v in l.values())
+    seed_all(1)  # details of several classes: one alone has nothing to contrast
     step = Step(*batches[0], t.student, t.teacher, 2)
     got = gradients(t, step)
-    beside = [n for n,k in (('detail','hrda'), ('fcn','upernet')) if k in net]      # what the network is asked beside its logits
-    want = {'source/ce','mixed/ce'}.union(*(ADDED[n] for n in plus))
+    beside = [
+        n for n, k in (('detail', 'hrda'), ('fcn', 'upernet')) if k in net
+    ]  # what the network is asked beside its logits
+    want = {'source/ce', 'mixed/ce'}.union(*(ADDED[n] for n in plus))
     want |= {k.replace('/ce', f'/{n}') for k in want for n in beside if k.endswith('/ce')}
-    if 'dida' in plus: want |= {f'source/{n}' for n in NOTES}
-    assert set(got)==want and {k for l in logs for k in l if '/' in k}==want
-    for k,(value,student,_) in got.items(): assert math.isfinite(value) and (student>0)==(k.split('/')[1] not in NOTES), (k,value,student)
-    if 'cluda' in plus and 'hrda' in net:                       # its weighting head learns, and its details were aimed once
-        assert got['source/contrast'][2]>0 and got['mixed/contrast'][2]>0 and t.student.box_selector is None
-    if 'paste' in plus: assert pass_of(t.method, 'mixed').view.bank.seen.sum()>0
+    if 'dida' in plus:
+        want |= {f'source/{n}' for n in NOTES}
+    assert set(got) == want and {k for l in logs for k in l if '/' in k} == want
+    for k, (value, student, _) in got.items():
+        assert math.isfinite(value) and (student > 0) == (k.split('/')[1] not in NOTES), (
+            k,
+            value,
+            student,
+        )
+    if (
+        'cluda' in plus and 'hrda' in net
+    ):  # its weighting head learns, and its details were aimed once
+        assert (
+            got['source/contrast'][2] > 0
+            and got['mixed/contrast'][2] > 0
+            and t.student.box_selector is None
+        )
+    if 'paste' in plus:
+        assert pass_of(t.method, 'mixed').view.bank.seen.sum() > 0
     used = {id(p) for g in t.opt.param_groups for p in g['params']}
-    assert all(id(p) in used for m in (t.student,t.method) for p in m.parameters() if p.requires_grad)
+    assert all(
+        id(p) in used for m in (t.student, t.method) for p in m.parameters() if p.requires_grad
+    )
+
 
 def test_order_of_additions(data, tmp_path):
     "Each order of four additions that wrap the mixed view or add passes: the same criteria with the same weights, one augmentation, two steps"
-    four,seen = ('dida','cluda','paste','soft'),set()
+    four, seen = ('dida', 'cluda', 'paste', 'soft'), set()
     for i in range(4):
-        t = trainer(data, tmp_path/str(i), four[i:]+four[:i], hrda=True, args=ARGS | dict(dida=dict(alpha=.9)))
-        seen.add(tuple(sorted((p.name,c.name,round(c.w, 9)) for p in t.method.passes for c in p.crits)))
-        view,chain = pass_of(t.method, 'mixed').view,[]
-        while view is not None: chain.append(view); view = getattr(view, 'view', None)
-        assert {RareClassPasteView,UncertainDetailView,BankCalibratedView}<={type(v) for v in chain} and len(chain)==4
-        assert [type(v.strong).__name__ for v in chain if hasattr(v, 'strong')]==['StrongAugmentation','Identity'], chain      # at the pasted image, not beneath
+        t = trainer(
+            data,
+            tmp_path / str(i),
+            four[i:] + four[:i],
+            hrda=True,
+            args=ARGS | dict(dida=dict(alpha=0.9)),
+        )
+        seen.add(
+            tuple(sorted((p.name, c.name, round(c.w, 9)) for p in t.method.passes for c in p.crits))
+        )
+        view, chain = pass_of(t.method, 'mixed').view, []
+        while view is not None:
+            chain.append(view)
+            view = getattr(view, 'view', None)
+        assert {RareClassPasteView, UncertainDetailView, BankCalibratedView} <= {
+            type(v) for v in chain
+        } and len(chain) == 4
+        assert [type(v.strong).__name__ for v in chain if hasattr(v, 'strong')] == [
+            'StrongAugmentation',
+            'Identity',
+        ], chain  # at the pasted image, not beneath
         logs = [t.step(*b[:2]) for b in t.loader(0)]
-        assert len(logs)==2 and all(math.isfinite(v) for l in logs for v in l.values())
-    assert len(seen)==1
+        assert len(logs) == 2 and all(math.isfinite(v) for l in logs for v in l.values())
+    assert len(seen) == 1
+
 
 def test_all_of_them_resume_exactly(data, tmp_path):
     "Bank of instances, bank of crops, memories, weighting head and teacher travel with the checkpoint"
-    new = lambda d: trainer(data, tmp_path/d, PLUS[-1], hrda=True, steps=4, save_every=2, eval_every=4)
-    whole = new('a'); whole.evaluate = None; whole.fit()
-    cut = new('b'); cut.out.mkdir()
-    for b,_ in zip(cut.loader(0), range(2)): cut.step(*b[:2])
+
+    def new(d):
+        return trainer(data, tmp_path / d, PLUS[-1], hrda=True, steps=4, save_every=2, eval_every=4)
+
+    whole = new('a')
+    whole.evaluate = None
+    whole.fit()
+    cut = new('b')
+    cut.out.mkdir()
+    for b, _ in zip(cut.loader(0), range(2)):
+        cut.step(*b[:2])
     cut.save()
-    again = new('b'); again.evaluate = None; again.fit()
-    for x,y in ((whole.student,again.student), (whole.method,again.method)):
-        x,y = x.state_dict(),y.state_dict()
-        assert x.keys()==y.keys() and all(x[k].equal(y[k]) for k in x)
+    again = new('b')
+    again.evaluate = None
+    again.fit()
+    for x, y in ((whole.student, again.student), (whole.method, again.method)):
+        x, y = x.state_dict(), y.state_dict()
+        assert x.keys() == y.keys() and all(x[k].equal(y[k]) for k in x)
+
 
 def test_mic_of_both_domains_has_no_colours(data, tmp_path):
     "As params/cityscapes_acdc_mic_hrda.yaml asks for it: first source image, first target image, hidden and otherwise as they are"
-    t = trainer(data, tmp_path, ('mic',), hrda=True, args=dict(mic=dict(mode='both', ratio=0.)), jitter=1., blur=1.)
-    src,tgt = next(iter(t.loader(0)))[:2]
-    assert t.step(src, tgt)['masked/ce']>0
+    t = trainer(
+        data,
+        tmp_path,
+        ('mic',),
+        hrda=True,
+        args=dict(mic=dict(mode='both', ratio=0.0)),
+        jitter=1.0,
+        blur=1.0,
+    )
+    src, tgt = next(iter(t.loader(0)))[:2]
+    assert t.step(src, tgt)['masked/ce'] > 0
     step = Step(src, tgt, t.student, t.teacher, 1)
     x = pass_of(t.method, 'masked').view(step)
-    assert x.img.equal(torch.stack([src.img[0], tgt.img[0]])) and x.lbl[0].equal(src.lbl[0]) and x.lbl[1].equal(step.pseudo.lbl[0]) and (x.wgt[0]==1).all()
+    assert (
+        x.img.equal(torch.stack([src.img[0], tgt.img[0]]))
+        and x.lbl[0].equal(src.lbl[0])
+        and x.lbl[1].equal(step.pseudo.lbl[0])
+        and (x.wgt[0] == 1).all()
+    )
+
 
 # ---- params/ at paper settings, against the spec's matrix
 
-HALF,FULL = dict(hrda=False, scale=1., crop=(512,512), rcs_ratio=.5),dict(hrda=True, scale=2., crop=(1024,1024), rcs_ratio=2.)
-RELEASED = dict(plus=('dida',), args=dict(dida=dict(alpha=1)))        # labels from the classifier alone
+HALF, FULL = (
+    dict(hrda=False, scale=1.0, crop=(512, 512), rcs_ratio=0.5),
+    dict(hrda=True, scale=2.0, crop=(1024, 1024), rcs_ratio=2.0),
+)
+RELEASED = dict(plus=('dida',), args=dict(dida=dict(alpha=1)))  # labels from the classifier alone
 NIGHT = FULL | dict(plus=('mic',), source='cityscapes', args=dict(mic=dict(mode='both')))
 PAPER = dict(
-    gta_mic=HALF | dict(plus=('mic',)), gta_hrda=FULL | dict(plus=()), gta_mic_hrda=FULL | dict(plus=('mic',)),
-    gta_cluda_hrda=FULL | dict(plus=('cluda',)), gta_dida=HALF | RELEASED,
-    synthia_daformer=HALF | dict(plus=()), synthia_mic_hrda=FULL | dict(plus=('mic',)), synthia_dida=HALF | RELEASED,
-    **{f'cityscapes_{t}_mic_hrda': NIGHT | dict(target=t) for t in ('acdc','dark_zurich')})
+    gta_mic=HALF | dict(plus=('mic',)),
+    gta_hrda=FULL | dict(plus=()),
+    gta_mic_hrda=FULL | dict(plus=('mic',)),
+    gta_cluda_hrda=FULL | dict(plus=('cluda',)),
+    gta_dida=HALF | RELEASED,
+    synthia_daformer=HALF | dict(plus=()),
+    synthia_mic_hrda=FULL | dict(plus=('mic',)),
+    synthia_dida=HALF | RELEASED,
+    **{f'cityscapes_{t}_mic_hrda': NIGHT | dict(target=t) for t in ('acdc', 'dark_zurich')},
+)
 SAME = dict(
-    method='daformer', backbone='mit_b5', weights='imagenet', head='daformer', dim=None, ch=None, steps=40_000, batch=2, lr=6e-5, head_mult=10.,
-    wd=.01, warmup=1500, power=1., alpha=.999, tau=.968, fd=.005, rcs=True, rcs_T=.01, rcs_px=3000, cat_max=.75, parity=False)
+    method='daformer',
+    backbone='mit_b5',
+    weights='imagenet',
+    head='daformer',
+    dim=None,
+    ch=None,
+    steps=40_000,
+    batch=2,
+    lr=6e-5,
+    head_mult=10.0,
+    wd=0.01,
+    warmup=1500,
+    power=1.0,
+    alpha=0.999,
+    tau=0.968,
+    fd=0.005,
+    rcs=True,
+    rcs_T=0.01,
+    rcs_px=3000,
+    cat_max=0.75,
+    parity=False,
+)
+
 
 def asked(stem):
-    text = (ROOT/'params'/f'{stem}.yaml').read_text(); p = yaml.safe_load(text)
-    assert f'-f params/{stem}.yaml' in text and f'outputs/{stem}.ipynb' in text and '# Expect:  not run here' in text
-    assert set(p)<=set(NOTEBOOK_PARAMETERS), p
-    return make_recipe(p['recipe'], p['source'], p['target'], p.get('over', {}), **{k: p.get(k) for k in ('backbone','steps','seed')})
+    text = (ROOT / 'params' / f'{stem}.yaml').read_text()
+    p = yaml.safe_load(text)
+    assert (
+        f'-f params/{stem}.yaml' in text
+        and f'outputs/{stem}.ipynb' in text
+        and '# Expect:  not run here' in text
+    )
+    assert set(p) <= set(NOTEBOOK_PARAMETERS), p
+    return make_recipe(
+        p['recipe'],
+        p['source'],
+        p['target'],
+        p.get('over', {}),
+        **{k: p.get(k) for k in ('backbone', 'steps', 'seed')},
+    )
+
 
 @pytest.mark.parametrize('stem', PAPER)
 def test_paper_settings(stem):
-    r,want = asked(stem),SAME | dict(target='cityscapes', source=stem.split('_')[0], args={}) | PAPER[stem]
-    assert {k: getattr(r, k) for k in want}==want
-    sizes = {s.name: eval_image_size(r, s) for p in [pair_of(r)] for s in (*p.sources,*p.targets)}
+    r, want = (
+        asked(stem),
+        SAME | dict(target='cityscapes', source=stem.split('_')[0], args={}) | PAPER[stem],
+    )
+    assert {k: getattr(r, k) for k in want} == want
+    sizes = {s.name: eval_image_size(r, s) for p in [pair_of(r)] for s in (*p.sources, *p.targets)}
     k = 2 if r.hrda else 1
-    native = dict(gta=(720,1280), synthia=(760,1280), cityscapes=(512,1024), acdc=(540,960), dark_zurich=(540,960))
-    assert sizes=={n: tuple(k*v for v in native[n]) for n in sizes}
+    native = dict(
+        gta=(720, 1280),
+        synthia=(760, 1280),
+        cityscapes=(512, 1024),
+        acdc=(540, 960),
+        dark_zurich=(540, 960),
+    )
+    assert sizes == {n: tuple(k * v for v in native[n]) for n in sizes}
+
 
 def test_zerowaste_is_the_winners_first_stage():
     r = asked('zerowaste')
-    want = SAME | dict(backbone='convnext_l', ch=512, rcs=False, cat_max=None, margins='rows', crop=(512,512), scale=1., hrda=False, plus=())
-    assert {k: getattr(r, k) for k in want}==want and (r.source,r.target)==('zerowaste_v1','zerowaste_v2')
+    want = SAME | dict(
+        backbone='convnext_l',
+        ch=512,
+        rcs=False,
+        cat_max=None,
+        margins='rows',
+        crop=(512, 512),
+        scale=1.0,
+        hrda=False,
+        plus=(),
+    )
+    assert {k: getattr(r, k) for k in want} == want and (r.source, r.target) == (
+        'zerowaste_v1',
+        'zerowaste_v2',
+    )
     p = pair_of(r)
-    assert p.space.things==(1,2,3,4) and eval_image_size(r, p.sources[0])==eval_image_size(r, p.targets[0])==(720,1280)
-    assert sum(v.numel() for v in meta(r, len(p.space)).head.parameters())==12_314_117      # as counted in the spec
+    assert p.space.things == (1, 2, 3, 4) and eval_image_size(r, p.sources[0]) == eval_image_size(
+        r, p.targets[0]
+    ) == (720, 1280)
+    assert (
+        sum(v.numel() for v in meta(r, len(p.space)).head.parameters()) == 12_314_117
+    )  # as counted in the spec
+
 
 def meta(r, n):
-    with torch.device('meta'): return create_segmentor(r.backbone, n, r.head, None, r.dim, r.ch)
+    with torch.device('meta'):
+        return create_segmentor(r.backbone, n, r.head, None, r.dim, r.ch)
 
-@pytest.mark.parametrize('stem', ['gta_vfm','gta_vfm_dinov3'])
+
+@pytest.mark.parametrize('stem', ['gta_vfm', 'gta_vfm_dinov3'])
 def test_vfm(stem):
     "VFM-UDA's numbers: 5e-5 times the root of the batch times a tenth; a hidden patch is a token; twelve blocks, each .9 of the next"
     r = asked(stem)
-    assert (r.fd,r.plus,r.args,r.batch,r.crop,r.scale,r.head_mult,r.warmup,r.wd)==(0.,('mic',),dict(mic=dict(block=16)),8,(1024,1024),2.,10.,1500,.01)
-    assert r.lr==pytest.approx(5e-5*r.batch**.5*.1, rel=.02) and r.rcs_ratio==1024**2/(512*1024)
+    assert (r.fd, r.plus, r.args, r.batch, r.crop, r.scale, r.head_mult, r.warmup, r.wd) == (
+        0.0,
+        ('mic',),
+        dict(mic=dict(block=16)),
+        8,
+        (1024, 1024),
+        2.0,
+        10.0,
+        1500,
+        0.01,
+    )
+    assert r.lr == pytest.approx(5e-5 * r.batch**0.5 * 0.1, rel=0.02) and r.rcs_ratio == 1024**2 / (
+        512 * 1024
+    )
     net = meta(r, 19)
-    assert net.eval()(torch.zeros(1,3,1024,1024, device='meta')).logits.shape==(1,19,256,256) and net.backbone.pad==r.args['mic']['block']
-    rates = {g['name']: g['lr']/r.lr for g in param_groups(net, r.lr, r.head_mult, r.wd, r.layer_decay)}
-    assert rates['head']==pytest.approx(10) and rates['encoder_12']/rates['encoder_1']==pytest.approx(.9**-11) and rates['encoder_0']<rates['encoder_1']
+    assert (
+        net.eval()(torch.zeros(1, 3, 1024, 1024, device='meta')).logits.shape == (1, 19, 256, 256)
+        and net.backbone.pad == r.args['mic']['block']
+    )
+    rates = {
+        g['name']: g['lr'] / r.lr for g in param_groups(net, r.lr, r.head_mult, r.wd, r.layer_decay)
+    }
+    assert (
+        rates['head'] == pytest.approx(10)
+        and rates['encoder_12'] / rates['encoder_1'] == pytest.approx(0.9**-11)
+        and rates['encoder_0'] < rates['encoder_1']
+    )

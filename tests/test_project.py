@@ -128,8 +128,9 @@ def test_readme_own_data_snippet(tmp_path):
     import numpy as np
     import yaml
     from PIL import Image
-    from udanb.data.pairs import get_pair
+
     from udanb.data.datasets import SegDataset
+    from udanb.data.pairs import get_pair
 
     snippet = re.search(r'^```yaml\n(.*?)^```', README.read_text(), re.M | re.S)[1]
     p = yaml.safe_load(snippet)

@@ -19,12 +19,18 @@ from itertools import islice
 import pandas as pd
 import torch
 
-from udanb.core.utils import progress_bar, resolve, upsample
 from udanb.core.storage import read_json
+from udanb.core.utils import progress_bar, resolve, upsample
 from udanb.data.loaders import eval_loader
 from udanb.data.transforms import EvalTransform
 from udanb.inference.metrics import ConfusionMatrix, iou_dict
-from udanb.methods.instance_bank import InstanceBank, class_candidates, evaluate_bank, grid_labels, profile_to_class_probs
+from udanb.methods.instance_bank import (
+    InstanceBank,
+    class_candidates,
+    evaluate_bank,
+    grid_labels,
+    profile_to_class_probs,
+)
 from udanb.runs.build import eval_image_size, open_datasets, train_loader_factory
 from udanb.runs.recipe import from_json
 from udanb.runs.results import load_run

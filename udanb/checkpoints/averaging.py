@@ -9,149 +9,222 @@ __all__ = ['StateDictMean', 'average', 'soup', 'update_bn', 'greedy_soup', 'aver
 import copy
 import math
 from pathlib import Path
+
 import pandas as pd
 import torch
-from torch import nn, Tensor
+from torch import Tensor, nn
+
 from .weights import load_weights, network_path, save_weights
 from ..core.state_dicts import compare_state_dicts, format_key_diff, weights_hash
 from ..core.types import Sample
 from ..core.utils import eval_mode, progress_bar
 
 # %% ../../nbs/checkpoints/01_averaging.ipynb #dc6212b5
-def _averaged(t): return t.is_floating_point() or t.is_complex()
+def _averaged(t):
+    return t.is_floating_point() or t.is_complex()
+
 
 def _type_diff(own, state):
     "What differs in names, shapes and types"
-    types = [f'{k} ({state[k].dtype} in the file, {v.dtype} in the first)' for k,v in own.items() if k in state and state[k].dtype!=v.dtype]
+    types = [
+        f'{k} ({state[k].dtype} in the file, {v.dtype} in the first)'
+        for k, v in own.items()
+        if k in state and state[k].dtype != v.dtype
+    ]
     return compare_state_dicts(own, state) | (dict([('of another type', types)]) if types else {})
 
 # %% ../../nbs/checkpoints/01_averaging.ipynb #abd155e4
 class StateDictMean:
     "A weighted mean of state dicts, given one by one"
-    def __init__(self): self.sum,self.like,self.total,self.first = {},{},0.,None
-    def add(self,
-        state:dict,        # name -> CPU tensor
-        w=1.,              # its weight
+
+    def __init__(self):
+        self.sum = {}
+        self.like = {}
+        self.total = 0.0
+        self.first = None
+
+    def add(
+        self,
+        state: dict,  # name -> CPU tensor
+        w=1.0,  # its weight
         name='a network',  # for messages
     ):
         "Add one network; one that does not fit the first raises `ValueError`, and nothing is added"
-        if self.like and (diff := _type_diff(self.like, state)): raise ValueError(f"{name} does not fit {self.first}. {'; '.join(format_key_diff(diff))}")
-        if bad := [k for k,v in state.items() if _averaged(v) and v.isnan().any()]:
-            raise ValueError(f"{name}: NaN in {', '.join(bad[:5])}{', …' if len(bad)>5 else ''}; was it a run that diverged? Leave it out")
-        for k,v in state.items():
-            if not _averaged(v): continue
+        if self.like and (diff := _type_diff(self.like, state)):
+            raise ValueError(
+                f"{name} does not fit {self.first}. {'; '.join(format_key_diff(diff))}"
+            )
+        if bad := [k for k, v in state.items() if _averaged(v) and v.isnan().any()]:
+            raise ValueError(
+                f"{name}: NaN in {', '.join(bad[:5])}{', …' if len(bad) > 5 else ''}; was it a run that diverged? Leave it out"
+            )
+        for k, v in state.items():
+            if not _averaged(v):
+                continue
             wide = v.to(torch.promote_types(v.dtype, torch.float64))
-            self.sum[k] = self.sum[k].add_(wide, alpha=w) if k in self.sum else wide*w
-        self.like = {k: v.to('meta') if _averaged(v) else v for k,v in state.items()}
-        self.first,self.total = self.first or name,self.total+w
+            self.sum[k] = self.sum[k].add_(wide, alpha=w) if k in self.sum else wide * w
+        self.like = {k: v.to('meta') if _averaged(v) else v for k, v in state.items()}
+        self.first, self.total = self.first or name, self.total + w
         return self
 
-    def value(self)->dict: # name -> CPU tensor, of the types that came in
-        return {k: (self.sum[k]/self.total).to(v.dtype) if k in self.sum else v.clone() for k,v in self.like.items()}
+    def value(self) -> dict:  # name -> CPU tensor, of the types that came in
+        return {
+            k: (self.sum[k] / self.total).to(v.dtype) if k in self.sum else v.clone()
+            for k, v in self.like.items()
+        }
 
 # %% ../../nbs/checkpoints/01_averaging.ipynb #49bd82d7
-def _files(paths, which): return [network_path(p, which) for p in ([paths] if isinstance(paths, (str,Path)) else paths)]
+def _files(paths, which):
+    return [network_path(p, which) for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
+
 
 def _average(paths, weights, which):
     "The mean, what went in, and what all of it says about itself"
     files = _files(paths, which)
-    ws = [1.]*len(files) if weights is None else [float(w) for w in weights]
-    if not files: raise ValueError('no files to average')
-    if len(ws)!=len(files) or not all(0<w<math.inf for w in ws):
-        raise ValueError(f'weights={weights}: {len(files)} positive numbers are needed, one per file; leave a file of weight 0 out')
-    mean,rows,common = StateDictMean(),[],None
-    for f,w in zip(files, ws):
-        state,said = load_weights(f, which)
+    ws = [1.0] * len(files) if weights is None else [float(w) for w in weights]
+    if not files:
+        raise ValueError('no files to average')
+    if len(ws) != len(files) or not all(0 < w < math.inf for w in ws):
+        raise ValueError(
+            f'weights={weights}: {len(files)} positive numbers are needed, one per file; leave a file of weight 0 out'
+        )
+    mean = StateDictMean()
+    rows = []
+    common = None
+    for f, w in zip(files, ws):
+        state, said = load_weights(f, which)
         mean.add(state, w, f)
-        rows.append(dict(file=str(f), hash=weights_hash(state), weight=w/sum(ws)))
-        common = {k:v for k,v in (said if common is None else common).items() if k!='hash' and isinstance(v,str) and said.get(k)==v}
+        rows.append(dict(file=str(f), hash=weights_hash(state), weight=w / sum(ws)))
+        common = {
+            k: v
+            for k, v in (said if common is None else common).items()
+            if k != 'hash' and isinstance(v, str) and said.get(k) == v
+        }
         del state
-    return mean.value(),rows,common
+    return mean.value(), rows, common
 
 # %% ../../nbs/checkpoints/01_averaging.ipynb #4ac32d24
 def average(
-    paths,           # weights files or folders of runs
-    weights=None,    # one positive number per file; None = all alike
-    which='student', # which network, where a file or folder has several
-)->dict: # name -> CPU tensor
+    paths,  # weights files or folders of runs
+    weights=None,  # one positive number per file; None = all alike
+    which='student',  # which network, where a file or folder has several
+) -> dict:  # name -> CPU tensor
     "The mean of networks, file after file; one that does not fit the first raises `ValueError` naming the file and the tensors"
     return _average(paths, weights, which)[0]
 
+
 def soup(
-    paths, out,      # weights files or folders of runs; …/name.safetensors to write
-    weights=None,    # one positive number per file; None = all alike (uniform)
-    meta={},         # what else to remember
-    which='student', # which network, where a file or folder has several
-)->Path: # `out`
+    paths,
+    out,  # weights files or folders of runs; …/name.safetensors to write
+    weights=None,  # one positive number per file; None = all alike (uniform)
+    meta={},  # what else to remember
+    which='student',  # which network, where a file or folder has several
+) -> Path:  # `out`
     "Average and write; the header lists the ingredients"
-    state,rows,common = _average(paths, weights, which)
+    state, rows, common = _average(paths, weights, which)
     return save_weights(out, state, common | meta | dict(ingredients=rows))
 
 # %% ../../nbs/checkpoints/01_averaging.ipynb #d7d056e5
 def update_bn(
-    net:nn.Module, # leaves in the mode it came in, with the momentum it had
-    batches,       # (B,3,H,W) tensors, `Sample`s, or tuples that begin with one
-    device=None,   # None = where the network is
-    quiet=True,    # no bar
-)->int: # how many BatchNorms were estimated; 0 = the network has none to estimate, and no batch was read
+    net: nn.Module,  # leaves in the mode it came in, with the momentum it had
+    batches,  # (B,3,H,W) tensors, `Sample`s, or tuples that begin with one
+    device=None,  # None = where the network is
+    quiet=True,  # no bar
+) -> int:  # how many BatchNorms were estimated; 0 = the network has none to estimate, and no batch was read
     "Estimate BatchNorm's running mean and variance anew, as the mean over batches"
-    was = [(m,m.training) for m in net.modules()]
-    bns = [m for m in net.train().modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training and m.running_mean is not None]
-    momenta,old,n = [m.momentum for m in bns],[copy.deepcopy(m.state_dict()) for m in bns],0
+    was = [(m, m.training) for m in net.modules()]
+    bns = [
+        m
+        for m in net.train().modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm)
+        and m.training
+        and m.running_mean is not None
+    ]
+    momenta = [m.momentum for m in bns]
+    old = [copy.deepcopy(m.state_dict()) for m in bns]
+    n = 0
     device = device or next((p.device for p in net.parameters()), torch.device('cpu'))
     try:
         with eval_mode(net):
-            for m in bns: m.reset_running_stats(); m.training = True
-            for n,x in enumerate(progress_bar(batches if bns else (), 'BatchNorm', quiet=quiet), 1):
-                for m in bns: m.momentum = 1/n
-                x = x if isinstance(x, (Tensor,Sample)) else x[0]
+            for m in bns:
+                m.reset_running_stats()
+                m.training = True
+            for n, x in enumerate(
+                progress_bar(batches if bns else (), 'BatchNorm', quiet=quiet), 1
+            ):
+                for m in bns:
+                    m.momentum = 1 / n
+                x = x if isinstance(x, (Tensor, Sample)) else x[0]
                 net((x.img if isinstance(x, Sample) else x).to(device))
-        if bns and not n: raise ValueError('no batches to estimate BatchNorm from')
+        if bns and not n:
+            raise ValueError('no batches to estimate BatchNorm from')
     except BaseException:
-        for m,s in zip(bns, old): m.load_state_dict(s)
+        for m, s in zip(bns, old):
+            m.load_state_dict(s)
         raise
     finally:
-        for m,v in zip(bns, momenta): m.momentum = v
-        for m,training in was: m.training = training
+        for m, v in zip(bns, momenta):
+            m.momentum = v
+        for m, training in was:
+            m.training = training
     return len(bns)
 
 # %% ../../nbs/checkpoints/01_averaging.ipynb #670350bf
 def greedy_soup(
-    paths,           # weights files or folders of runs
-    score,           # state dict -> number
-    higher=True,     # is more better?
-    which='student', # which network, where a file or folder has several
-)->tuple: # the soup's state dict, the chosen ones of `paths`, best first, and a table: a row per file in the order they were tried
+    paths,  # weights files or folders of runs
+    score,  # state dict -> number
+    higher=True,  # is more better?
+    which='student',  # which network, where a file or folder has several
+) -> tuple:  # the soup's state dict, the chosen ones of `paths`, best first, and a table: a row per file in the order they were tried
     "Best first, then each that does not make the soup worse"
-    paths = [paths] if isinstance(paths, (str,Path)) else list(paths)
-    if not paths: raise ValueError('no files to average')
+    paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    if not paths:
+        raise ValueError('no files to average')
+
     def ask(state, name):
-        if math.isnan(s := float(score(state))): raise ValueError(f'{name}: its score is NaN; there is no order')
+        if math.isnan(s := float(score(state))):
+            raise ValueError(f'{name}: its score is NaN; there is no order')
         return s
+
     alone = [ask(load_weights(f, which)[0], f) for f in _files(paths, which)]
-    rows,mean,best,chosen = [],StateDictMean(),None,[]
+    rows = []
+    mean = StateDictMean()
+    best = None
+    chosen = []
     for i in sorted(range(len(paths)), key=lambda i: -alone[i] if higher else alone[i]):
-        trial = copy.deepcopy(mean).add(load_weights(f := _files([paths[i]], which)[0], which)[0], name=f)
+        trial = copy.deepcopy(mean).add(
+            load_weights(f := _files([paths[i]], which)[0], which)[0], name=f
+        )
         s = ask(trial.value(), f'{f} and {len(chosen)} more') if chosen else alone[i]
-        if take := best is None or (s>=best if higher else s<=best): mean,best,chosen = trial,s,[*chosen,paths[i]]
+        if take := best is None or (s >= best if higher else s <= best):
+            mean = trial
+            best = s
+            chosen = [*chosen, paths[i]]
         rows.append(dict(file=str(f), alone=alone[i], together=s, taken=take))
-    return mean.value(),chosen,pd.DataFrame(rows)
+    return mean.value(), chosen, pd.DataFrame(rows)
 
 # %% ../../nbs/checkpoints/01_averaging.ipynb #8d6f6195
 def average_snapshots(
-    folder, # of a run, or its snapshots
-)->dict: # name -> CPU tensor
+    folder,  # of a run, or its snapshots
+) -> dict:  # name -> CPU tensor
     "The mean of a run's snapshots (stochastic weight averaging); a set with gaps raises `ValueError`"
-    at = Path(folder)/'snapshots' if (Path(folder)/'snapshots').is_dir() else Path(folder)
-    files = sorted((f for f in at.glob('*.safetensors') if f.stem.isdigit()), key=lambda f: int(f.stem))
-    if not files: raise FileNotFoundError(f'{at}: no snapshots there; they are written by a run with cycles (SWA)')
-    mean,seen = StateDictMean(),[]
+    at = Path(folder) / 'snapshots' if (Path(folder) / 'snapshots').is_dir() else Path(folder)
+    files = sorted(
+        (f for f in at.glob('*.safetensors') if f.stem.isdigit()), key=lambda f: int(f.stem)
+    )
+    if not files:
+        raise FileNotFoundError(
+            f'{at}: no snapshots there; they are written by a run with cycles (SWA)'
+        )
+    mean, seen = StateDictMean(), []
     for f in files:
-        state,said = load_weights(f)
+        state, said = load_weights(f)
         mean.add(state, name=f)
-        seen.append((said.get('cycle'),said.get('cycles')))
+        seen.append((said.get('cycle'), said.get('cycles')))
     n = seen[-1][1]
-    if not n or seen!=[(str(i+1),n) for i in range(int(n))]:
-        found = ', '.join(f'{i}/{k}' for i,k in seen)
-        raise ValueError(f'{at}: not the snapshots of one whole run but cycles {found}; let it finish, and remove what is of another run')
+    if not n or seen != [(str(i + 1), n) for i in range(int(n))]:
+        found = ', '.join(f'{i}/{k}' for i, k in seen)
+        raise ValueError(
+            f'{at}: not the snapshots of one whole run but cycles {found}; let it finish, and remove what is of another run'
+        )
     return mean.value()

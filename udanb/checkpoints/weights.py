@@ -9,14 +9,16 @@ __all__ = ['NETWORK_FILES', 'extract_network', 'detached_copy', 'save_weights', 
 # %% ../../nbs/checkpoints/00_weights.ipynb #2b571ee2
 import json
 from pathlib import Path
+
 from safetensors.torch import save
 from torch import nn
+
 from udanb.core.state_dicts import (
+    NETWORK_PREFIXES,
     compare_state_dicts,
     extract_state_dict,
     format_key_diff,
     load_torch_file,
-    NETWORK_PREFIXES,
     read_safetensors,
     select_network,
     split_by_network,
@@ -27,101 +29,136 @@ from ..core.utils import lookup
 
 # %% ../../nbs/checkpoints/00_weights.ipynb #45dd012c
 def extract_network(
-    ckpt:dict,       # a checkpoint of ours, or one published by the DAFormer family
-    which='student', # or 'teacher'; of a published one any of `NETWORK_PREFIXES`
-)->dict: # name -> CPU tensor, of one segmentor and nothing else
+    ckpt: dict,  # a checkpoint of ours, or one published by the DAFormer family
+    which='student',  # or 'teacher'; of a published one any of `NETWORK_PREFIXES`
+) -> dict:  # name -> CPU tensor, of one segmentor and nothing else
     "One network out of a checkpoint; a checkpoint without it raises `ValueError`"
     lookup(which, NETWORK_PREFIXES, 'network')
     if isinstance(ckpt.get('model'), dict):
-        flat = ckpt['model'] if which=='student' else _with_prefix(ckpt.get('method', {}), f'{which}.net.')
-    else: flat = split_by_network(ckpt.get('state_dict', ckpt)).get(which)
-    if not flat: raise ValueError(f"the checkpoint has no {which}; it holds {', '.join(map(str, list(ckpt)[:6]))}, …")
+        flat = (
+            ckpt['model']
+            if which == 'student'
+            else _with_prefix(ckpt.get('method', {}), f'{which}.net.')
+        )
+    else:
+        flat = split_by_network(ckpt.get('state_dict', ckpt)).get(which)
+    if not flat:
+        raise ValueError(
+            f"the checkpoint has no {which}; it holds {', '.join(map(str, list(ckpt)[:6]))}, …"
+        )
     return detached_copy(flat)
 
-def _with_prefix(state, prefix): return {k[len(prefix):]:v for k,v in state.items() if k.startswith(prefix)}
+
+def _with_prefix(state, prefix):
+    return {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+
 
 def detached_copy(
-    state:dict, # name -> tensor
-)->dict: # name -> CPU tensor, contiguous, with memory of its own
+    state: dict,  # name -> tensor
+) -> dict:  # name -> CPU tensor, contiguous, with memory of its own
     "Copies that share nothing"
-    return {k: v.detach().to('cpu', copy=True).contiguous() for k,v in state.items()}
+    return {k: v.detach().to('cpu', copy=True).contiguous() for k, v in state.items()}
 
 # %% ../../nbs/checkpoints/00_weights.ipynb #b8b664c6
 def save_weights(
-    path,         # …/name.safetensors
-    net,          # a network, or name -> tensor
-    meta:dict={}, # what to remember; values that are not strings are stored as JSON
-    hashed=False, # write …/name-<hash>.safetensors
-)->Path: # the file written
+    path,  # …/name.safetensors
+    net,  # a network, or name -> tensor
+    meta: dict = {},  # what to remember; values that are not strings are stored as JSON
+    hashed=False,  # write …/name-<hash>.safetensors
+) -> Path:  # the file written
     "Write one network as safetensors, atomically"
-    path,state = Path(path),detached_copy(net.state_dict() if isinstance(net, nn.Module) else net)
-    if path.suffix!='.safetensors': raise ValueError(f'{path}: weights are written as .safetensors')
-    meta = {k: v if isinstance(v,str) else json.dumps(v, default=str) for k,v in meta.items()} | dict(hash=weights_hash(state))
-    if hashed: path = path.with_stem(f"{path.stem}-{meta['hash']}")
+    path, state = Path(path), detached_copy(net.state_dict() if isinstance(net, nn.Module) else net)
+    if path.suffix != '.safetensors':
+        raise ValueError(f'{path}: weights are written as .safetensors')
+    meta = {
+        k: v if isinstance(v, str) else json.dumps(v, default=str) for k, v in meta.items()
+    } | dict(hash=weights_hash(state))
+    if hashed:
+        path = path.with_stem(f"{path.stem}-{meta['hash']}")
     return atomic_write(path, lambda p: _write(p, save(state, meta)))
 
 # %% ../../nbs/checkpoints/00_weights.ipynb #080ba397
 def _write(path, blob):
     "A safetensors blob with its header's metadata in alphabetical order: 8 bytes of header length, JSON padded with blanks, tensors"
     n = int.from_bytes(blob[:8], 'little')
-    head = json.loads(blob[8:8+n])
+    head = json.loads(blob[8 : 8 + n])
     head['__metadata__'] = dict(sorted(head['__metadata__'].items()))
-    head = json.dumps(head, separators=(',',':')).encode()
-    head += b' '*(-len(head)%8)
-    with open(path, 'wb') as f: f.writelines([len(head).to_bytes(8,'little'), head, memoryview(blob)[8+n:]])
+    head = json.dumps(head, separators=(',', ':')).encode()
+    head += b' ' * (-len(head) % 8)
+    with open(path, 'wb') as f:
+        f.writelines([len(head).to_bytes(8, 'little'), head, memoryview(blob)[8 + n :]])
 
 # %% ../../nbs/checkpoints/00_weights.ipynb #d1cbbd3b
 def load_weights(
-    path,            # .safetensors, or a torch file: .pth, .pt, .ckpt, .bin, .tar
-    which='student', # which network, if the file is a whole checkpoint
-)->tuple: # (name -> CPU tensor, meta: what the file says about itself)
+    path,  # .safetensors, or a torch file: .pth, .pt, .ckpt, .bin, .tar
+    which='student',  # which network, if the file is a whole checkpoint
+) -> tuple:  # (name -> CPU tensor, meta: what the file says about itself)
     "Read one network's tensors; a missing, damaged or executable file raises an error that names it"
     path = Path(path)
-    if path.suffix!='.safetensors':
+    if path.suffix != '.safetensors':
         obj = load_torch_file(path)
-        if isinstance(obj, dict) and {'model','method'}<=obj.keys(): return extract_network(obj, which),_checkpoint_metadata(obj)
-        state,meta = extract_state_dict(obj, path)
-        return detached_copy(select_network(state, which, path)),meta
-    state,meta = read_safetensors(path)
-    if (h := weights_hash(state))!=meta.get('hash', h):
-        raise ValueError(f"{path}: the tensors hash to {h}, not to {meta['hash']} as when they were written; fetch it again")
-    return detached_copy(state if 'hash' in meta and which=='student' else select_network(state, which, path)),meta
+        if isinstance(obj, dict) and {'model', 'method'} <= obj.keys():
+            return extract_network(obj, which), _checkpoint_metadata(obj)
+        state, meta = extract_state_dict(obj, path)
+        return detached_copy(select_network(state, which, path)), meta
+    state, meta = read_safetensors(path)
+    if (h := weights_hash(state)) != meta.get('hash', h):
+        raise ValueError(
+            f"{path}: the tensors hash to {h}, not to {meta['hash']} as when they were written; fetch it again"
+        )
+    return detached_copy(
+        state if 'hash' in meta and which == 'student' else select_network(state, which, path)
+    ), meta
 
-def _checkpoint_metadata(ckpt): return {k: str(v) for k,v in (('step',ckpt.get('it')), ('recipe',ckpt.get('recipe'))) if v not in (None,'null')}
+
+def _checkpoint_metadata(ckpt):
+    return {
+        k: str(v)
+        for k, v in (('step', ckpt.get('it')), ('recipe', ckpt.get('recipe')))
+        if v not in (None, 'null')
+    }
 
 # %% ../../nbs/checkpoints/00_weights.ipynb #97bd7e94
 def load_weights_into(
-    net:nn.Module,   # gets the weights, on whatever device it is
-    path,            # weights file
-    which='student', # which network, if the file is a whole checkpoint
-)->dict: # the file's meta
+    net: nn.Module,  # gets the weights, on whatever device it is
+    path,  # weights file
+    which='student',  # which network, if the file is a whole checkpoint
+) -> dict:  # the file's meta
     "Load every tensor or none; a file that does not fit raises `ValueError` and lists the names"
-    state,meta = load_weights(path, which)
-    if diff := compare_state_dicts(net.state_dict(), state): raise ValueError(f"{path} does not fit the network. {'; '.join(format_key_diff(diff))}")
+    state, meta = load_weights(path, which)
+    if diff := compare_state_dicts(net.state_dict(), state):
+        raise ValueError(f"{path} does not fit the network. {'; '.join(format_key_diff(diff))}")
     net.load_state_dict(state)
     return meta
 
 # %% ../../nbs/checkpoints/00_weights.ipynb #3c75b6f1
 NETWORK_FILES = dict(student='model.safetensors', teacher='checkpoint.pt')
 
+
 def network_path(
-    path,            # folder of a run, or a weights file
-    which='student', # or 'teacher'
-)->Path: # the file that holds the network
+    path,  # folder of a run, or a weights file
+    which='student',  # or 'teacher'
+) -> Path:  # the file that holds the network
     "Where a network of a run is; a file is itself"
-    return Path(path)/lookup(which, NETWORK_FILES, 'network of a run') if Path(path).is_dir() else Path(path)
+    return (
+        Path(path) / lookup(which, NETWORK_FILES, 'network of a run')
+        if Path(path).is_dir()
+        else Path(path)
+    )
+
 
 def export_weights(
-    path,            # folder of a run, or a weights file
-    out,             # …/name.safetensors
-    which='student', # or 'teacher', the slow copy (EMA)
-    meta={},         # what else to remember
-)->Path: # `out`
+    path,  # folder of a run, or a weights file
+    out,  # …/name.safetensors
+    which='student',  # or 'teacher', the slow copy (EMA)
+    meta={},  # what else to remember
+) -> Path:  # `out`
     "One network as a file of its own, with its recipe and classes where they are known"
     f = network_path(path, which)
-    state,said = load_weights(f, which)
+    state, said = load_weights(f, which)
     near = f.with_name(NETWORK_FILES['student'])
-    if f.suffix!='.safetensors' and near.is_file():
+    if f.suffix != '.safetensors' and near.is_file():
         beside = read_safetensors(near)[1]
-        if beside.get('recipe')==said.get('recipe'): said = {k:v for k,v in beside.items() if k!='hash'} | said
+        if beside.get('recipe') == said.get('recipe'):
+            said = {k: v for k, v in beside.items() if k != 'hash'} | said
     return save_weights(out, state, said | dict(network=which) | meta)

@@ -9,85 +9,175 @@ __all__ = ['show_iou', 'show_curves', 'show_class_freq']
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from .plots import _figure, _RUNS
+
+from .plots import _RUNS, _figure
 from .utils import lookup
 
 # %% ../../nbs/core/07_charts.ipynb #696b8ecf
 @_figure
 def show_iou(
-    tables:dict, # run -> {class: IoU in %, None = absent}; keep the baseline first
+    tables: dict,  # run -> {class: IoU in %, None = absent}; keep the baseline first
     title='',
 ):
     "Bars of IoU per class, one colour per run, mIoU in the legend; the figure"
-    t = pd.DataFrame({run:pd.Series(d, dtype=float) for run,d in tables.items()}).reindex(list(dict.fromkeys(c for d in tables.values() for c in d)))
-    (n,k),mean = t.shape,t.mean()
-    bar = .8/k
-    fig,ax = plt.subplots(figsize=(6, .75+n*(.1+.09*k)))
-    for j,run in enumerate(t):
-        y,v = np.arange(n)+(j-(k-1)/2)*bar,t[run].to_numpy()
-        gain = f' ({mean[run]-mean.iloc[0]:+.1f})' if j else ''
-        ax.barh(y, np.nan_to_num(v), bar*.92, color=_RUNS[j%len(_RUNS)], label=f'{run}: {mean[run]:.1f} mIoU{gain}')
-        for yi,vi in zip(y,v): ax.text(.6 if np.isnan(vi) else vi+.6, yi, '–' if np.isnan(vi) else f'{vi:.0f}', va='center', fontsize=5.5, color='.35')
-    ax.set(yticks=range(n), yticklabels=t.index, ylim=(n-.45,-.55), xlim=(0,104), xlabel='IoU (%)')
-    ax.tick_params(axis='y', length=0); ax.grid(axis='x'); ax.spines['left'].set_visible(False)
-    fig.legend(loc='outside upper center', ncols=k if k<4 else 2, handlelength=1, title=title or None, title_fontsize=9)
+    t = pd.DataFrame({run: pd.Series(d, dtype=float) for run, d in tables.items()}).reindex(
+        list(dict.fromkeys(c for d in tables.values() for c in d))
+    )
+    (n, k), mean = t.shape, t.mean()
+    bar = 0.8 / k
+    fig, ax = plt.subplots(figsize=(6, 0.75 + n * (0.1 + 0.09 * k)))
+    for j, run in enumerate(t):
+        y, v = np.arange(n) + (j - (k - 1) / 2) * bar, t[run].to_numpy()
+        gain = f' ({mean[run] - mean.iloc[0]:+.1f})' if j else ''
+        ax.barh(
+            y,
+            np.nan_to_num(v),
+            bar * 0.92,
+            color=_RUNS[j % len(_RUNS)],
+            label=f'{run}: {mean[run]:.1f} mIoU{gain}',
+        )
+        for yi, vi in zip(y, v):
+            ax.text(
+                0.6 if np.isnan(vi) else vi + 0.6,
+                yi,
+                '–' if np.isnan(vi) else f'{vi:.0f}',
+                va='center',
+                fontsize=5.5,
+                color='.35',
+            )
+    ax.set(
+        yticks=range(n),
+        yticklabels=t.index,
+        ylim=(n - 0.45, -0.55),
+        xlim=(0, 104),
+        xlabel='IoU (%)',
+    )
+    ax.tick_params(axis='y', length=0)
+    ax.grid(axis='x')
+    ax.spines['left'].set_visible(False)
+    fig.legend(
+        loc='outside upper center',
+        ncols=k if k < 4 else 2,
+        handlelength=1,
+        title=title or None,
+        title_fontsize=9,
+    )
     return fig
 
 # %% ../../nbs/core/07_charts.ipynb #1344b0a1
 def _kind(key):
     "The panel a column of the log belongs to, or ''"
     first = key.split('/')[0]
-    other = 'loss' if '/' in key and first not in ('iou','acc','time') else ''
-    return {'q':'trust q', 'lr':'learning rate', 'miou':'mIoU (%)', 'loss':'loss'}.get(first, other)
+    other = 'loss' if '/' in key and first not in ('iou', 'acc', 'time') else ''
+    return {'q': 'trust q', 'lr': 'learning rate', 'miou': 'mIoU (%)', 'loss': 'loss'}.get(
+        first, other
+    )
+
 
 def _curves(ax, df, keys, smooth):
     "One line per column, smoothed over its shadow, or dotted where it was measured"
-    for j,k in enumerate(keys):
-        v,color = df[k].dropna(),_RUNS[1:][j%(len(_RUNS)-1)]
-        if not smooth: ax.plot(v.index, v, '.-' if len(v)<60 else '-', color=color, label=k.split('/')[-1], ms=4, lw=1.3); continue
-        ax.plot(v.index, v, color=color, lw=.5, alpha=.25)
-        ax.plot(v.index, v.ewm(span=max(len(v)/30,1)).mean(), color=color, lw=1.3, label=k)
-    if len(keys)>1 or not smooth: ax.legend(loc='best', handlelength=1)
+    for j, k in enumerate(keys):
+        v, color = df[k].dropna(), _RUNS[1:][j % (len(_RUNS) - 1)]
+        if not smooth:
+            ax.plot(
+                v.index,
+                v,
+                '.-' if len(v) < 60 else '-',
+                color=color,
+                label=k.split('/')[-1],
+                ms=4,
+                lw=1.3,
+            )
+            continue
+        ax.plot(v.index, v, color=color, lw=0.5, alpha=0.25)
+        ax.plot(v.index, v.ewm(span=max(len(v) / 30, 1)).mean(), color=color, lw=1.3, label=k)
+    if len(keys) > 1 or not smooth:
+        ax.legend(loc='best', handlelength=1)
     ax.grid(axis='y')
 
 # %% ../../nbs/core/07_charts.ipynb #b86f776a
 @_figure
 def show_curves(
-    log:list,  # rows of log.jsonl: dicts with `it` and 'pass/criterion' losses, `q`, `lr`, 'miou/student', 'miou/teacher' (%)
-    keys=None, # only these; None = everything there is
+    log: list,  # rows of log.jsonl: dicts with `it` and 'pass/criterion' losses, `q`, `lr`, 'miou/student', 'miou/teacher' (%)
+    keys=None,  # only these; None = everything there is
 ):
     "Losses, pseudo-label trust, learning rate and mIoU over the steps, one panel each; the figure"
     df = pd.DataFrame(log)
-    df = df.groupby(next((df[c] for c in ('it','step') if c in df), df.index)).last().select_dtypes('number').dropna(axis=1, how='all')
-    for k in keys or (): lookup(k, df.columns.tolist(), 'key of the log')
-    panels = {p:ks for p in ('loss','trust q','learning rate','mIoU (%)') if (ks := [k for k in keys or df if _kind(k)==p])}
-    if not panels: raise ValueError(f'nothing to draw: the log has {df.columns.tolist()}, and no losses, q, lr or miou among them')
-    fig,axs = plt.subplots(1, len(panels), figsize=(1.85*len(panels)+.3,1.6), squeeze=False)
-    for ax,(p,ks) in zip(axs[0], panels.items()):
-        _curves(ax, df, ks, p in ('loss','trust q'))
-        ax.set(title=p, xlabel='step'); ax.margins(x=.02)
-        if p in ('loss','trust q'): ax.set_ylim(0, 1 if p=='trust q' else float(np.nanpercentile(df[ks], 99.5))*1.05 or 1)
-        if p=='learning rate': ax.ticklabel_format(axis='y', scilimits=(0,0)); ax.get_legend().remove()
+    df = (
+        df.groupby(next((df[c] for c in ('it', 'step') if c in df), df.index))
+        .last()
+        .select_dtypes('number')
+        .dropna(axis=1, how='all')
+    )
+    for k in keys or ():
+        lookup(k, df.columns.tolist(), 'key of the log')
+    panels = {
+        p: ks
+        for p in ('loss', 'trust q', 'learning rate', 'mIoU (%)')
+        if (ks := [k for k in keys or df if _kind(k) == p])
+    }
+    if not panels:
+        raise ValueError(
+            f'nothing to draw: the log has {df.columns.tolist()}, and no losses, q, lr or miou among them'
+        )
+    fig, axs = plt.subplots(1, len(panels), figsize=(1.85 * len(panels) + 0.3, 1.6), squeeze=False)
+    for ax, (p, ks) in zip(axs[0], panels.items()):
+        _curves(ax, df, ks, p in ('loss', 'trust q'))
+        ax.set(title=p, xlabel='step')
+        ax.margins(x=0.02)
+        if p in ('loss', 'trust q'):
+            ax.set_ylim(
+                0, 1 if p == 'trust q' else float(np.nanpercentile(df[ks], 99.5)) * 1.05 or 1
+            )
+        if p == 'learning rate':
+            ax.ticklabel_format(axis='y', scilimits=(0, 0))
+            ax.get_legend().remove()
     return fig
 
 # %% ../../nbs/core/07_charts.ipynb #983a9916
 @_figure
 def show_class_freq(
-    counts:dict,   # class -> pixels
-    rcs:dict=None, # class -> probability of being drawn
+    counts: dict,  # class -> pixels
+    rcs: dict = None,  # class -> probability of being drawn
 ):
     "Shares of the pixels on a log scale and, beside them, sampling probabilities; commonest class on top; the figure"
     c = pd.Series(counts, dtype=float).sort_values(ascending=False, kind='stable')
-    share = 100*c/max(c.sum(),1)
-    low = 10**np.floor(np.log10(share[share>0].min()/2)) if (share>0).any() else .1
-    fig,axs = plt.subplots(1, 1+(rcs is not None), figsize=(4+2.5*(rcs is not None), .17*len(c)+.65), squeeze=False, sharey=True)
+    share = 100 * c / max(c.sum(), 1)
+    low = 10 ** np.floor(np.log10(share[share > 0].min() / 2)) if (share > 0).any() else 0.1
+    fig, axs = plt.subplots(
+        1,
+        1 + (rcs is not None),
+        figsize=(4 + 2.5 * (rcs is not None), 0.17 * len(c) + 0.65),
+        squeeze=False,
+        sharey=True,
+    )
     axs = axs[0]
-    axs[0].barh(range(len(c)), share.clip(lower=low)-low, left=low, color=_RUNS[0], height=.75)
-    for y,v in enumerate(share): axs[0].text(max(v,low)*1.12, y, f'{v:.2g} %' if v else 'never', va='center', fontsize=6, color='.35')
-    axs[0].set(xscale='log', xlim=(low,400), xlabel='share of the pixels (%)', yticks=range(len(c)), yticklabels=c.index, ylim=(len(c)-.4,-.6))
-    axs[0].set_xticks([10.**e for e in range(round(np.log10(low)), 3)])
+    axs[0].barh(range(len(c)), share.clip(lower=low) - low, left=low, color=_RUNS[0], height=0.75)
+    for y, v in enumerate(share):
+        axs[0].text(
+            max(v, low) * 1.12,
+            y,
+            f'{v:.2g} %' if v else 'never',
+            va='center',
+            fontsize=6,
+            color='.35',
+        )
+    axs[0].set(
+        xscale='log',
+        xlim=(low, 400),
+        xlabel='share of the pixels (%)',
+        yticks=range(len(c)),
+        yticklabels=c.index,
+        ylim=(len(c) - 0.4, -0.6),
+    )
+    axs[0].set_xticks([10.0**e for e in range(round(np.log10(low)), 3)])
     if rcs is not None:
-        axs[1].barh(range(len(c)), [100*rcs.get(k,0) for k in c.index], color=_RUNS[1], height=.75)
+        axs[1].barh(
+            range(len(c)), [100 * rcs.get(k, 0) for k in c.index], color=_RUNS[1], height=0.75
+        )
         axs[1].set(xlabel='drawn by RCS (%)')
-    for ax in axs: ax.grid(axis='x'); ax.tick_params(axis='y', length=0); ax.minorticks_off()
+    for ax in axs:
+        ax.grid(axis='x')
+        ax.tick_params(axis='y', length=0)
+        ax.minorticks_off()
     return fig

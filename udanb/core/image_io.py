@@ -14,148 +14,243 @@ import struct
 import zlib
 from functools import lru_cache
 from pathlib import Path
+
 import cv2
 import numpy as np
-from PIL import Image, ImageDraw
 from kornia_rs.io import decode_image_png_u8
+from PIL import Image, ImageDraw
 
 # %% ../../nbs/core/04_image_io.ipynb #2035c1d0
 READ_ERRORS = (ValueError, OSError)
 
 # %% ../../nbs/core/04_image_io.ipynb #12e72138
 def _broken(path, why):
-    return ValueError(f'{path}: broken image file ({why}; {Path(path).stat().st_size} bytes). Copy or download it again, '
-                      'or remove it together with its label.')
+    return ValueError(
+        f'{path}: broken image file ({why}; {Path(path).stat().st_size} bytes). Copy or download it again, '
+        'or remove it together with its label.'
+    )
+
 
 def _bytes(path):
     "The file's content, if there is any; a cut JPEG is refused"
     data = Path(path).read_bytes()
-    if not data: raise _broken(path, 'it is empty')
-    if data.startswith(b'\xff\xd8') and data.rfind(b'\xff\xd9')<=data.rfind(b'\xff\xda'): raise _broken(path, 'the JPEG stops before its end')
+    if not data:
+        raise _broken(path, 'it is empty')
+    if data.startswith(b'\xff\xd8') and data.rfind(b'\xff\xd9') <= data.rfind(b'\xff\xda'):
+        raise _broken(path, 'the JPEG stops before its end')
     return data
 
-_END = b'IEND\xaeB`\x82'   # the last chunk of every PNG
+
+_END = b'IEND\xaeB`\x82'  # the last chunk of every PNG
+
 
 def _decode_png8(data, kinds, mode):
     "A plain 8-bit PNG of one of these colour types, quickly; None for any other, and for what the quick decoder refuses"
-    if not data.startswith(b'\x89PNG\r\n') or len(data)<33 or data.rfind(_END)<0: return None
-    w,h,bits,kind,interlaced,crc = struct.unpack('>IIBBxxBI', data[16:33])
-    if bits!=8 or kind not in kinds or interlaced or zlib.crc32(data[12:29])!=crc: return None   # a damaged size would ask for gigabytes
-    try: return decode_image_png_u8(data, (h,w), mode)
-    except Exception: return None      # the slow way says what is wrong with it, or can read it
+    if not data.startswith(b'\x89PNG\r\n') or len(data) < 33 or data.rfind(_END) < 0:
+        return None
+    w, h, bits, kind, interlaced, crc = struct.unpack('>IIBBxxBI', data[16:33])
+    if bits != 8 or kind not in kinds or interlaced or zlib.crc32(data[12:29]) != crc:
+        return None  # a damaged size would ask for gigabytes
+    try:
+        return decode_image_png_u8(data, (h, w), mode)
+    except Exception:
+        return None  # the slow way says what is wrong with it, or can read it
+
 
 def _decode_cv2(path, data, flags):
     "What OpenCV makes of PNG or JPEG"
-    try: img = cv2.imdecode(np.frombuffer(data, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
-    except cv2.error as e: raise _broken(path, e) from e
-    if img is None: raise _broken(path, 'the decoder refuses it: truncated or damaged')
+    try:
+        img = cv2.imdecode(np.frombuffer(data, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error as e:
+        raise _broken(path, e) from e
+    if img is None:
+        raise _broken(path, 'the decoder refuses it: truncated or damaged')
     return img
 
 # %% ../../nbs/core/04_image_io.ipynb #35dbe730
-PNG_GREY,PNG_RGB,PNG_PALETTE = 0,2,3   # colour types of PNG
+PNG_GREY = 0
+PNG_RGB = 2
+PNG_PALETTE = 3  # colour types of PNG
+
 
 def read_image(
-    path, # PNG or JPEG (fast), or anything PIL reads
-)->np.ndarray: # (H,W,3) uint8, RGB
+    path,  # PNG or JPEG (fast), or anything PIL reads
+) -> np.ndarray:  # (H,W,3) uint8, RGB
     "An image from disk; a truncated or corrupt file raises `ValueError`"
     data = _bytes(path)
-    if (img := _decode_png8(data, (PNG_RGB,), 'rgb')) is not None: return img
-    if data.startswith((b'\xff\xd8',b'\x89PNG')): return cv2.cvtColor(img := _decode_cv2(path, data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB, dst=img)
-    try: return np.array(Image.open(io.BytesIO(data)).convert('RGB'))
-    except Exception as e: raise _broken(path, e) from e
+    if (img := _decode_png8(data, (PNG_RGB,), 'rgb')) is not None:
+        return img
+    if data.startswith((b'\xff\xd8', b'\x89PNG')):
+        return cv2.cvtColor(
+            img := _decode_cv2(path, data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB, dst=img
+        )
+    try:
+        return np.array(Image.open(io.BytesIO(data)).convert('RGB'))
+    except Exception as e:
+        raise _broken(path, e) from e
 
 # %% ../../nbs/core/04_image_io.ipynb #539452eb
 def read_label(
-    path, # PNG with one channel: grey, palette or 16-bit
-)->np.ndarray: # (H,W) integers as stored
+    path,  # PNG with one channel: grey, palette or 16-bit
+) -> np.ndarray:  # (H,W) integers as stored
     "A label file's numbers, untranslated; a truncated or corrupt file raises `ValueError`"
     data = _bytes(path)
-    if (lbl := _decode_png8(data, (PNG_GREY,PNG_PALETTE), 'mono')) is not None: return lbl[...,0]
+    if (lbl := _decode_png8(data, (PNG_GREY, PNG_PALETTE), 'mono')) is not None:
+        return lbl[..., 0]
     try:
         Image.open(io.BytesIO(data)).verify()
         return np.asarray(Image.open(io.BytesIO(data)))
-    except Exception as e: raise _broken(path, e) from e
+    except Exception as e:
+        raise _broken(path, e) from e
 
-def read_image_size(path)->tuple:
+
+def read_image_size(path) -> tuple:
     "(H,W) from the file's header, without decoding it"
     try:
-        with Image.open(path) as im: return im.size[::-1]
-    except FileNotFoundError: raise
-    except Exception as e: raise _broken(path, e) from e
+        with Image.open(path) as im:
+            return im.size[::-1]
+    except FileNotFoundError:
+        raise
+    except Exception as e:
+        raise _broken(path, e) from e
 
 # %% ../../nbs/core/04_image_io.ipynb #6aa6a075
 def read_last_channel(
-    path, # PNG of one or more channels, 8 or 16 bits
-)->np.ndarray: # (H,W) integers: the last channel in OpenCV's order, the first (red) in the file's
+    path,  # PNG of one or more channels, 8 or 16 bits
+) -> (
+    np.ndarray
+):  # (H,W) integers: the last channel in OpenCV's order, the first (red) in the file's
     "SYNTHIA's labels; a broken file raises `ValueError`"
     img = _decode_cv2(path, _bytes(path), cv2.IMREAD_UNCHANGED)
-    return img if img.ndim==2 else img[...,-1]
+    return img if img.ndim == 2 else img[..., -1]
 
 # %% ../../nbs/core/04_image_io.ipynb #2b477c77
 @lru_cache(4)
 def _color_table(colors):
     "24-bit colour -> number, 65535 = unknown"
-    tab = np.full(1<<24, 65535, np.uint16)
-    for (r,g,b),i in colors: tab[r<<16 | g<<8 | b] = i
+    tab = np.full(1 << 24, 65535, np.uint16)
+    for (r, g, b), i in colors:
+        tab[r << 16 | g << 8 | b] = i
     return tab
 
+
 def read_color_label(
-    path,   # a lossless colour image
-    colors, # pairs ((r,g,b), number), a tuple
-)->np.ndarray: # (H,W) uint16 numbers
+    path,  # a lossless colour image
+    colors,  # pairs ((r,g,b), number), a tuple
+) -> np.ndarray:  # (H,W) uint16 numbers
     "A colour-coded label; an unlisted colour raises `ValueError` with its pixel count"
     x = read_image(path).astype(np.uint32)
-    x = x[...,0]<<16 | x[...,1]<<8 | x[...,2]
+    x = x[..., 0] << 16 | x[..., 1] << 8 | x[..., 2]
     out = _color_table(tuple(colors))[x]
-    if (odd := out==65535).any():
-        cs,n = np.unique(x[odd], return_counts=True)
-        show = ', '.join(f'({c>>16},{c>>8&255},{c&255}) {k} px' for k,c in sorted(zip(n.tolist(),cs.tolist()), reverse=True)[:8])
-        raise ValueError(f'{path}: {len(cs)} colour{"s"*(len(cs)>1)} that the class list does not have: {show}. Add them to the list (as void, if they '
-                         'mean nothing); if they are blends along edges, the file was saved with loss or smoothing: export it again as PNG')
+    if (odd := out == 65535).any():
+        cs, n = np.unique(x[odd], return_counts=True)
+        show = ', '.join(
+            f'({c >> 16},{c >> 8 & 255},{c & 255}) {k} px'
+            for k, c in sorted(zip(n.tolist(), cs.tolist()), reverse=True)[:8]
+        )
+        raise ValueError(
+            f'{path}: {len(cs)} colour{"s" * (len(cs) > 1)} that the class list does not have: {show}. Add them to the list (as void, if they '
+            'mean nothing); if they are blends along edges, the file was saved with loss or smoothing: export it again as PNG'
+        )
     return out
 
 # %% ../../nbs/core/04_image_io.ipynb #ddf7352f
 def read_polygon_label(
-    path,    # `_polygons.json`
-    numbers, # pairs (name, number), a tuple; negative = do not paint
-)->np.ndarray: # (H,W) uint8; 0 where nothing was painted
+    path,  # `_polygons.json`
+    numbers,  # pairs (name, number), a tuple; negative = do not paint
+) -> np.ndarray:  # (H,W) uint8; 0 where nothing was painted
     "Cityscapes' polygons as numbers; an unknown name or a damaged file raises `ValueError`"
     num = dict(numbers)
     try:
         d = json.loads(Path(path).read_text(encoding='utf-8'))
-        out = Image.new('L', (d['imgWidth'],d['imgHeight']), 0)
-        todo = [(o['label'], [tuple(p) for p in o['polygon']]) for o in d['objects'] if not o.get('deleted')]
-    except (ValueError, KeyError, TypeError) as e: raise _broken(path, f'not a polygon file: {e}') from e
+        out = Image.new('L', (d['imgWidth'], d['imgHeight']), 0)
+        todo = [
+            (o['label'], [tuple(p) for p in o['polygon']])
+            for o in d['objects']
+            if not o.get('deleted')
+        ]
+    except (ValueError, KeyError, TypeError) as e:
+        raise _broken(path, f'not a polygon file: {e}') from e
     draw = ImageDraw.Draw(out)
-    for name,poly in todo:
+    for name, poly in todo:
         n = num.get(name, num.get(name.removesuffix('group')))
-        if n is None: raise ValueError(f"{path}: unknown object '{name}'; known are {', '.join(num)}. Add it to the dataset's names")
-        if n>=0 and len(poly)>1: draw.polygon(poly, fill=n)
+        if n is None:
+            raise ValueError(
+                f"{path}: unknown object '{name}'; known are {', '.join(num)}. Add it to the dataset's names"
+            )
+        if n >= 0 and len(poly) > 1:
+            draw.polygon(poly, fill=n)
     return np.asarray(out)
 
 # %% ../../nbs/core/04_image_io.ipynb #63006a42
-CITYSCAPES_NAMES = tuple((n,i) for i,n in enumerate((
-    'unlabeled','ego vehicle','rectification border','out of roi','static','dynamic','ground','road','sidewalk','parking','rail track',
-    'building','wall','fence','guard rail','bridge','tunnel','pole','polegroup','traffic light','traffic sign','vegetation','terrain','sky',
-    'person','rider','car','truck','bus','caravan','trailer','train','motorcycle','bicycle'))) + (('license plate',-1),)
+CITYSCAPES_NAMES = tuple(
+    (n, i)
+    for i, n in enumerate(
+        (
+            'unlabeled',
+            'ego vehicle',
+            'rectification border',
+            'out of roi',
+            'static',
+            'dynamic',
+            'ground',
+            'road',
+            'sidewalk',
+            'parking',
+            'rail track',
+            'building',
+            'wall',
+            'fence',
+            'guard rail',
+            'bridge',
+            'tunnel',
+            'pole',
+            'polegroup',
+            'traffic light',
+            'traffic sign',
+            'vegetation',
+            'terrain',
+            'sky',
+            'person',
+            'rider',
+            'car',
+            'truck',
+            'bus',
+            'caravan',
+            'trailer',
+            'train',
+            'motorcycle',
+            'bicycle',
+        )
+    )
+) + (('license plate', -1),)
 
 # %% ../../nbs/core/04_image_io.ipynb #8c4dd37a
-def _stop(e): raise OSError(e.errno, f'this folder cannot be listed ({e.strerror}); check its rights and the disk', e.filename) from e
+def _stop(e):
+    raise OSError(
+        e.errno,
+        f'this folder cannot be listed ({e.strerror}); check its rights and the disk',
+        e.filename,
+    ) from e
+
 
 def find_files(
-    folder,         # where to look, recursively
-    suffixes:tuple, # names to take end in one of these
-    skip:tuple=(),  # … and in none of these
-)->list: # sorted paths relative to `folder`, with forward slashes
+    folder,  # where to look, recursively
+    suffixes: tuple,  # names to take end in one of these
+    skip: tuple = (),  # … and in none of these
+) -> list:  # sorted paths relative to `folder`, with forward slashes
     "The files of a tree; a folder that cannot be listed raises `OSError`"
-    out,seen = [],set()
-    for d,dirs,files in os.walk(folder, followlinks=True, onerror=_stop):
+    out, seen = [], set()
+    for d, dirs, files in os.walk(folder, followlinks=True, onerror=_stop):
         if (real := os.path.realpath(d)) in seen:
             dirs.clear()
             continue
         seen.add(real)
         dirs[:] = sorted(x for x in dirs if not x.startswith('.'))
         sub = Path(d).relative_to(folder).as_posix()
-        out += [f if sub=='.' else f'{sub}/{f}' for f in files
-                if f.endswith(suffixes) and not f.startswith('.') and not f.endswith(skip or ('\0',))]
+        out += [
+            f if sub == '.' else f'{sub}/{f}'
+            for f in files
+            if f.endswith(suffixes) and not f.startswith('.') and not f.endswith(skip or ('\0',))
+        ]
     return sorted(out)

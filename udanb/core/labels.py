@@ -9,9 +9,11 @@ __all__ = ['CITYSCAPES19', 'CITYSCAPES_IDS', 'CITYSCAPES_VOID', 'SYNTHIA_IDS', '
 
 # %% ../../nbs/core/03_labels.ipynb #7b29a74d
 from dataclasses import dataclass
+
 import cv2
 import numpy as np
 from fastcore.basics import patch
+
 from .types import IGNORE
 from .utils import lookup
 
@@ -19,159 +21,229 @@ from .utils import lookup
 @dataclass(frozen=True, repr=False)
 class LabelSpace:
     "The classes a network distinguishes; a class is known by its index 0…n-1"
-    name:str             # what recipes and files call it
-    classes:tuple        # n names
-    colors:tuple         # n (r,g,b), 0…255
-    things:tuple = ()    # indices of the countable classes (spec: thing-class feature distance)
-    train_ids:tuple = None # n Cityscapes train ids; None = the indices themselves
+
+    name: str  # what recipes and files call it
+    classes: tuple  # n names
+    colors: tuple  # n (r,g,b), 0…255
+    things: tuple = ()  # indices of the countable classes (spec: thing-class feature distance)
+    train_ids: tuple = None  # n Cityscapes train ids; None = the indices themselves
 
     def __post_init__(self):
-        n,ids = len(self.classes), self.train_ids
-        if len(self.colors)!=n or (ids is not None and len(set(ids))!=n):
-            raise ValueError(f"label space '{self.name}': {n} classes need {n} colours and {n} different train ids, "
-                             f"not {len(self.colors)} and {ids and len(set(ids))}")
-        if bad := [t for t in self.things if not 0<=t<n]: raise ValueError(f"label space '{self.name}': no class has the index {bad}")
-    def __len__(self): return len(self.classes)
-    def __repr__(self): return f'LabelSpace({self.name}: {len(self)} classes)'
-    def index(self, name:str)->int:
+        n, ids = len(self.classes), self.train_ids
+        if len(self.colors) != n or (ids is not None and len(set(ids)) != n):
+            raise ValueError(
+                f"label space '{self.name}': {n} classes need {n} colours and {n} different train ids, "
+                f"not {len(self.colors)} and {ids and len(set(ids))}"
+            )
+        if bad := [t for t in self.things if not 0 <= t < n]:
+            raise ValueError(f"label space '{self.name}': no class has the index {bad}")
+
+    def __len__(self):
+        return len(self.classes)
+
+    def __repr__(self):
+        return f'LabelSpace({self.name}: {len(self)} classes)'
+
+    def index(self, name: str) -> int:
         "The index of a class; an unknown name raises with the nearest one"
         return self.classes.index(lookup(name, self.classes, f'class of {self.name}'))
+
     @property
-    def palette(self)->np.ndarray:
+    def palette(self) -> np.ndarray:
         "(256,3) uint8: the classes' colours, black for `IGNORE`, magenta for numbers that should not occur"
-        pal = np.full((256,3), (255,0,255), np.uint8)
-        pal[:len(self)],pal[IGNORE] = self.colors,0
+        pal = np.full((256, 3), (255, 0, 255), np.uint8)
+        pal[: len(self)], pal[IGNORE] = self.colors, 0
         return pal
 
 # %% ../../nbs/core/03_labels.ipynb #6844196e
 _TABLE = [
     # name            CS/GTA  SYNTHIA  colour
-    ('road',              7,   3, (128, 64,128)),
-    ('sidewalk',          8,   4, (244, 35,232)),
-    ('building',         11,   2, ( 70, 70, 70)),
-    ('wall',             12,  21, (102,102,156)),
-    ('fence',            13,   5, (190,153,153)),
-    ('pole',             17,   7, (153,153,153)),
-    ('traffic light',    19,  15, (250,170, 30)),
-    ('traffic sign',     20,   9, (220,220,  0)),
-    ('vegetation',       21,   6, (107,142, 35)),
-    ('terrain',          22,  16, (152,251,152)),
-    ('sky',              23,   1, ( 70,130,180)),
-    ('person',           24,  10, (220, 20, 60)),
-    ('rider',            25,  17, (255,  0,  0)),
-    ('car',              26,   8, (  0,  0,142)),
-    ('truck',            27,  18, (  0,  0, 70)),
-    ('bus',              28,  19, (  0, 60,100)),
-    ('train',            31,  20, (  0, 80,100)),
-    ('motorcycle',       32,  12, (  0,  0,230)),
-    ('bicycle',          33,  11, (119, 11, 32))]
+    ('road', 7, 3, (128, 64, 128)),
+    ('sidewalk', 8, 4, (244, 35, 232)),
+    ('building', 11, 2, (70, 70, 70)),
+    ('wall', 12, 21, (102, 102, 156)),
+    ('fence', 13, 5, (190, 153, 153)),
+    ('pole', 17, 7, (153, 153, 153)),
+    ('traffic light', 19, 15, (250, 170, 30)),
+    ('traffic sign', 20, 9, (220, 220, 0)),
+    ('vegetation', 21, 6, (107, 142, 35)),
+    ('terrain', 22, 16, (152, 251, 152)),
+    ('sky', 23, 1, (70, 130, 180)),
+    ('person', 24, 10, (220, 20, 60)),
+    ('rider', 25, 17, (255, 0, 0)),
+    ('car', 26, 8, (0, 0, 142)),
+    ('truck', 27, 18, (0, 0, 70)),
+    ('bus', 28, 19, (0, 60, 100)),
+    ('train', 31, 20, (0, 80, 100)),
+    ('motorcycle', 32, 12, (0, 0, 230)),
+    ('bicycle', 33, 11, (119, 11, 32)),
+]
 
 # %% ../../nbs/core/03_labels.ipynb #a6c68126
-CITYSCAPES19 = LabelSpace('cityscapes19', tuple(r[0] for r in _TABLE), tuple(r[3] for r in _TABLE), things=(6,7,*range(11,19)))
-CITYSCAPES_IDS = {r[1]:i for i,r in enumerate(_TABLE)}             # Cityscapes and GTA label id -> train id
-CITYSCAPES_VOID = (*range(7), 9,10,14,15,16,18,29,30,34)           # legal there, counted nowhere: ego vehicle, tunnel, caravan, …
-SYNTHIA_IDS = {r[2]:i for i,r in enumerate(_TABLE)}                # SYNTHIA label id -> train id
-SYNTHIA_VOID = (0,13,14,22)                                        # void, parking slot, road work, lane marking
+CITYSCAPES19 = LabelSpace(
+    'cityscapes19',
+    tuple(r[0] for r in _TABLE),
+    tuple(r[3] for r in _TABLE),
+    things=(6, 7, *range(11, 19)),
+)
+CITYSCAPES_IDS = {r[1]: i for i, r in enumerate(_TABLE)}  # Cityscapes and GTA label id -> train id
+CITYSCAPES_VOID = (
+    *range(7),
+    9,
+    10,
+    14,
+    15,
+    16,
+    18,
+    29,
+    30,
+    34,
+)  # legal there, counted nowhere: ego vehicle, tunnel, caravan, …
+SYNTHIA_IDS = {r[2]: i for i, r in enumerate(_TABLE)}  # SYNTHIA label id -> train id
+SYNTHIA_VOID = (0, 13, 14, 22)  # void, parking slot, road work, lane marking
 
 # %% ../../nbs/core/03_labels.ipynb #5fb0cf01
 def _subset_space(name, train_ids):
-    c,ids = CITYSCAPES19,tuple(train_ids)
-    return LabelSpace(name, tuple(c.classes[t] for t in ids), tuple(c.colors[t] for t in ids),
-                      tuple(i for i,t in enumerate(ids) if t in c.things), ids)
+    c, ids = CITYSCAPES19, tuple(train_ids)
+    return LabelSpace(
+        name,
+        tuple(c.classes[t] for t in ids),
+        tuple(c.colors[t] for t in ids),
+        tuple(i for i, t in enumerate(ids) if t in c.things),
+        ids,
+    )
 
-SYNTHIA16 = _subset_space('synthia16', (i for i in range(19) if i not in (9,14,16)))
-SYNTHIA13 = _subset_space('synthia13', (i for i in range(19) if i not in (3,4,5,9,14,16)))
-CAMVID11 = _subset_space('camvid11', (0,1,2,4,5,7,8,10,11,13,18))
+
+SYNTHIA16 = _subset_space('synthia16', (i for i in range(19) if i not in (9, 14, 16)))
+SYNTHIA13 = _subset_space('synthia13', (i for i in range(19) if i not in (3, 4, 5, 9, 14, 16)))
+CAMVID11 = _subset_space('camvid11', (0, 1, 2, 4, 5, 7, 8, 10, 11, 13, 18))
 
 # %% ../../nbs/core/03_labels.ipynb #24471a94
-ZEROWASTE5 = LabelSpace('zerowaste5', ('background','rigid plastic','cardboard','metal','soft plastic'),
-                        ((0,0,0),(128,64,128),(244,35,232),(70,70,70),(102,102,156)), things=(1,2,3,4))
-LABEL_SPACES = {s.name:s for s in (CITYSCAPES19,SYNTHIA16,SYNTHIA13,CAMVID11,ZEROWASTE5)}
+ZEROWASTE5 = LabelSpace(
+    'zerowaste5',
+    ('background', 'rigid plastic', 'cardboard', 'metal', 'soft plastic'),
+    ((0, 0, 0), (128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156)),
+    things=(1, 2, 3, 4),
+)
+LABEL_SPACES = {s.name: s for s in (CITYSCAPES19, SYNTHIA16, SYNTHIA13, CAMVID11, ZEROWASTE5)}
 
 # %% ../../nbs/core/03_labels.ipynb #cda06c21
-CAMVID_MERGE = {3:2, 6:7, 9:8, 12:18, 14:13, 15:13, 17:18}   # wall→building, light→sign, terrain→vegetation, rider→bicycle, …
+CAMVID_MERGE = {
+    3: 2,
+    6: 7,
+    9: 8,
+    12: 18,
+    14: 13,
+    15: 13,
+    17: 18,
+}  # wall→building, light→sign, terrain→vegetation, rider→bicycle, …
+
 
 def train_id_map(
-    space:LabelSpace, # where to go
-    merge:dict={},    # train id -> train id of a class in `space`, applied first, once
-)->dict: # every train id -> index in `space`, or `IGNORE`
+    space: LabelSpace,  # where to go
+    merge: dict = {},  # train id -> train id of a class in `space`, applied first, once
+) -> dict:  # every train id -> index in `space`, or `IGNORE`
     "How train ids are numbered in a space; a merge that leads nowhere raises `ValueError`"
-    idx = {t:i for i,t in enumerate(range(len(space)) if space.train_ids is None else space.train_ids)}
+    idx = {
+        t: i
+        for i, t in enumerate(range(len(space)) if space.train_ids is None else space.train_ids)
+    }
     every = range(len(space) if space.train_ids is None else 19)
-    for a,b in merge.items():
+    for a, b in merge.items():
         if a not in every or b not in idx:
-            raise ValueError(f"merge {a} -> {b}: {space.name} has the train ids {sorted(idx)}; merge a known id into one of them")
-    return {t:idx.get(merge.get(t,t), IGNORE) for t in every}
+            raise ValueError(
+                f"merge {a} -> {b}: {space.name} has the train ids {sorted(idx)}; merge a known id into one of them"
+            )
+    return {t: idx.get(merge.get(t, t), IGNORE) for t in every}
 
 # %% ../../nbs/core/03_labels.ipynb #de24f95d
 def chain_id_maps(
-    ids:dict,  # id -> train id, or `IGNORE`
-    then:dict, # train id -> index, or `IGNORE`
-)->dict: # id -> index, or `IGNORE`
+    ids: dict,  # id -> train id, or `IGNORE`
+    then: dict,  # train id -> index, or `IGNORE`
+) -> dict:  # id -> index, or `IGNORE`
     "Chain two id maps; a train id that `then` does not know raises `ValueError`"
-    if bad := sorted({v for v in ids.values() if v!=IGNORE}-set(then)): raise ValueError(f'the second map does not know {bad}; it has {sorted(then)}')
-    return {k:IGNORE if v==IGNORE else then[v] for k,v in ids.items()}
+    if bad := sorted({v for v in ids.values() if v != IGNORE} - set(then)):
+        raise ValueError(f'the second map does not know {bad}; it has {sorted(then)}')
+    return {k: IGNORE if v == IGNORE else then[v] for k, v in ids.items()}
 
 # %% ../../nbs/core/03_labels.ipynb #83264e95
-UNDECLARED_ID = 254   # marks ids that no table knows; never leaves `remap`
+UNDECLARED_ID = 254  # marks ids that no table knows; never leaves `remap`
+
 
 def make_lookup_table(
-    ids:dict,   # id -> index, or `IGNORE`
-    known=(),   # ids that are legal but ignored
-    n=256,      # ids 0…n-1 may be asked for
-)->np.ndarray: # (n,) uint8: `table[lbl]` translates a label
+    ids: dict,  # id -> index, or `IGNORE`
+    known=(),  # ids that are legal but ignored
+    n=256,  # ids 0…n-1 may be asked for
+) -> np.ndarray:  # (n,) uint8: `table[lbl]` translates a label
     "The lookup table of an id map; ids in neither `ids` nor `known` get `UNDECLARED_ID`"
     tab = np.full(n, UNDECLARED_ID, np.uint8)
-    for i in (*known, *([IGNORE] if n>IGNORE else [])): tab[i] = IGNORE
-    for i,v in ids.items():
-        if not (0<=i<n and (0<=v<UNDECLARED_ID or v==IGNORE)): raise ValueError(f'id {i} -> {v}: ids go from 0 to {n-1}, indices from 0 to {UNDECLARED_ID-1}, or {IGNORE}')
+    for i in (*known, *([IGNORE] if n > IGNORE else [])):
+        tab[i] = IGNORE
+    for i, v in ids.items():
+        if not (0 <= i < n and (0 <= v < UNDECLARED_ID or v == IGNORE)):
+            raise ValueError(
+                f'id {i} -> {v}: ids go from 0 to {n - 1}, indices from 0 to {UNDECLARED_ID - 1}, or {IGNORE}'
+            )
         tab[i] = v
     return tab
 
+
 @patch
-def lookup_table(self:LabelSpace, merge:dict={})->np.ndarray:
+def lookup_table(self: LabelSpace, merge: dict = {}) -> np.ndarray:
     "(256,) uint8 table from train ids to indices of this space, see `train_id_map`"
     return make_lookup_table(train_id_map(self, merge))
 
 # %% ../../nbs/core/03_labels.ipynb #e9348852
-def _byte_table(t): return t[:256] if len(t)>=256 else np.pad(t, (0,256-len(t)), constant_values=UNDECLARED_ID)
+def _byte_table(t):
+    return t[:256] if len(t) >= 256 else np.pad(t, (0, 256 - len(t)), constant_values=UNDECLARED_ID)
+
 
 def remap(
-    lbl:np.ndarray,   # (H,W) integers, as read from a file
-    table:np.ndarray, # from `make_lookup_table`
-    name='',          # the file, for the message
-)->np.ndarray: # (H,W) uint8 indices and `IGNORE`
+    lbl: np.ndarray,  # (H,W) integers, as read from a file
+    table: np.ndarray,  # from `make_lookup_table`
+    name='',  # the file, for the message
+) -> np.ndarray:  # (H,W) uint8 indices and `IGNORE`
     "Translate a label; an undeclared id raises `ValueError` with the file, the ids and their pixel counts"
-    where,lbl = name or 'label',np.asarray(lbl)
-    if lbl.ndim!=2 or lbl.dtype.kind not in 'iu':
-        raise ValueError(f'{where}: a label is (H,W) integers, not {lbl.shape} {lbl.dtype}; is this a colour image instead of an id image?')
-    if lbl.size and (lbl.dtype==np.uint8 or not np.bitwise_or.reduce(lbl, axis=None)>>8):   # all values are bytes
+    where, lbl = name or 'label', np.asarray(lbl)
+    if lbl.ndim != 2 or lbl.dtype.kind not in 'iu':
+        raise ValueError(
+            f'{where}: a label is (H,W) integers, not {lbl.shape} {lbl.dtype}; is this a colour image instead of an id image?'
+        )
+    if lbl.size and (
+        lbl.dtype == np.uint8 or not np.bitwise_or.reduce(lbl, axis=None) >> 8
+    ):  # all values are bytes
         out = cv2.LUT(lbl.astype(np.uint8, copy=False), _byte_table(table))
     else:
-        out = table[np.clip(lbl, 0, len(table)-1)]
-        out[(lbl<0)|(lbl>=len(table))] = UNDECLARED_ID
-    if (stray := out==UNDECLARED_ID).any():
-        ids = ', '.join(f'{i} ({n} px)' for i,n in zip(*np.unique(lbl[stray], return_counts=True)))
-        raise ValueError(f"{where}: ids outside the table: {ids}; known ids: {np.flatnonzero(table!=UNDECLARED_ID).tolist()}. "
-                         "Is it the right kind of label file (label ids, train ids)? If these ids are legal, list them in the dataset's "
-                         "`ids`, or in its `void` to ignore them.")
+        out = table[np.clip(lbl, 0, len(table) - 1)]
+        out[(lbl < 0) | (lbl >= len(table))] = UNDECLARED_ID
+    if (stray := out == UNDECLARED_ID).any():
+        ids = ', '.join(f'{i} ({n} px)' for i, n in zip(*np.unique(lbl[stray], return_counts=True)))
+        raise ValueError(
+            f"{where}: ids outside the table: {ids}; known ids: {np.flatnonzero(table != UNDECLARED_ID).tolist()}. "
+            "Is it the right kind of label file (label ids, train ids)? If these ids are legal, list them in the dataset's "
+            "`ids`, or in its `void` to ignore them."
+        )
     return out
 
 # %% ../../nbs/core/03_labels.ipynb #2782bf85
 def bincount_ids(
-    lbl:np.ndarray, # uint8, any shape
-    piece=2**24,    # pixels counted at once: above this a float32 count would be rounded
-)->np.ndarray: # (256,) int64: pixels of each value
+    lbl: np.ndarray,  # uint8, any shape
+    piece=2**24,  # pixels counted at once: above this a float32 count would be rounded
+) -> np.ndarray:  # (256,) int64: pixels of each value
     "How often each value occurs"
-    if lbl.dtype!=np.uint8: raise ValueError(f'labels are counted as uint8, not {lbl.dtype}; translate them with `remap` first')
-    x,n = np.ascontiguousarray(lbl).reshape(-1),np.zeros(256, np.int64)
-    for i in range(0, len(x), piece): n += cv2.calcHist([x[i:i+piece]], [0], None, [256], [0,256]).ravel().astype(np.int64)
+    if lbl.dtype != np.uint8:
+        raise ValueError(
+            f'labels are counted as uint8, not {lbl.dtype}; translate them with `remap` first'
+        )
+    x, n = np.ascontiguousarray(lbl).reshape(-1), np.zeros(256, np.int64)
+    for i in range(0, len(x), piece):
+        n += cv2.calcHist([x[i : i + piece]], [0], None, [256], [0, 256]).ravel().astype(np.int64)
     return n
 
 # %% ../../nbs/core/03_labels.ipynb #e25fa492
 def colorize(
-    lbl,              # (H,W) integers: indices of `space`, `IGNORE` = black; array or tensor
-    space:LabelSpace,
-)->np.ndarray: # (H,W,3) uint8
+    lbl,  # (H,W) integers: indices of `space`, `IGNORE` = black; array or tensor
+    space: LabelSpace,
+) -> np.ndarray:  # (H,W,3) uint8
     "A label as a picture"
     return space.palette[np.asarray(lbl).astype(np.uint8)]

@@ -9,55 +9,97 @@ __all__ = ['overlay', 'save_figure', 'show_sample', 'show_step', 'show_panel', '
 import functools
 from math import ceil
 from pathlib import Path
+
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.patches import Patch
-from .labels import colorize, LabelSpace
+
+from .labels import LabelSpace, colorize
 from .storage import atomic_write
-from .types import denormalize, IGNORE, Sample
+from .types import IGNORE, Sample, denormalize
 
 # %% ../../nbs/core/06_plots.ipynb #cafb127a
-def _pixels(img)->np.ndarray: # (H,W,3) uint8
+def _pixels(img) -> np.ndarray:  # (H,W,3) uint8
     "Pixels of a (H,W,3) uint8 array or of a normalised (3,H,W) tensor"
-    if isinstance(img, np.ndarray) and img.dtype==np.uint8: return img
-    return (denormalize(torch.as_tensor(img).detach().float().cpu()).clamp(0,1)*255).round().byte().movedim(0,-1).numpy()
+    if isinstance(img, np.ndarray) and img.dtype == np.uint8:
+        return img
+    return (
+        (denormalize(torch.as_tensor(img).detach().float().cpu()).clamp(0, 1) * 255)
+        .round()
+        .byte()
+        .movedim(0, -1)
+        .numpy()
+    )
 
-def _array(x)->np.ndarray: return x.detach().cpu().numpy() if torch.is_tensor(x) else np.asarray(x)
+
+def _array(x) -> np.ndarray:
+    return x.detach().cpu().numpy() if torch.is_tensor(x) else np.asarray(x)
+
 
 def overlay(
-    img,              # (H,W,3) uint8, or (3,H,W) float normalised
-    lbl,              # (h,w) indices of `space`; another size is stretched to the image's
-    space:LabelSpace,
-    alpha=.5,         # 0 = only the image, 1 = only the label
-)->np.ndarray: # (H,W,3) uint8
+    img,  # (H,W,3) uint8, or (3,H,W) float normalised
+    lbl,  # (h,w) indices of `space`; another size is stretched to the image's
+    space: LabelSpace,
+    alpha=0.5,  # 0 = only the image, 1 = only the label
+) -> np.ndarray:  # (H,W,3) uint8
     "The label's colours over the image; `IGNORE` stays image"
-    img,lbl = _pixels(img),_array(lbl)
-    (H,W),(h,w) = img.shape[:2],lbl.shape
-    lbl = lbl[np.arange(H)*h//H][:,np.arange(W)*w//W]
-    mix = (img*(1-alpha)+colorize(lbl, space)*alpha).round().astype(np.uint8)
-    return np.where((lbl==IGNORE)[...,None], img, mix)
+    img, lbl = _pixels(img), _array(lbl)
+    (H, W), (h, w) = img.shape[:2], lbl.shape
+    lbl = lbl[np.arange(H) * h // H][:, np.arange(W) * w // W]
+    mix = (img * (1 - alpha) + colorize(lbl, space) * alpha).round().astype(np.uint8)
+    return np.where((lbl == IGNORE)[..., None], img, mix)
 
 # %% ../../nbs/core/06_plots.ipynb #d6a85098
-_STYLE = {'font.size':8, 'axes.titlesize':8, 'axes.labelsize':8, 'xtick.labelsize':7, 'ytick.labelsize':7, 'legend.fontsize':7, 'legend.frameon':False,
-          'axes.spines.top':False, 'axes.spines.right':False, 'axes.edgecolor':'.6', 'xtick.color':'.3', 'ytick.color':'.3', 'axes.axisbelow':True,
-          'axes.grid':False, 'grid.color':'.9', 'figure.dpi':100, 'figure.constrained_layout.use':True}
-_RUNS = '#b0b6bc','#2878b5','#e58a2d','#3f9b57','#8a63a8','#c44e52','#5d4037','#17a2a2'   # one per run; the first, grey, is the baseline
+_STYLE = {
+    'font.size': 8,
+    'axes.titlesize': 8,
+    'axes.labelsize': 8,
+    'xtick.labelsize': 7,
+    'ytick.labelsize': 7,
+    'legend.fontsize': 7,
+    'legend.frameon': False,
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'axes.edgecolor': '.6',
+    'xtick.color': '.3',
+    'ytick.color': '.3',
+    'axes.axisbelow': True,
+    'axes.grid': False,
+    'grid.color': '.9',
+    'figure.dpi': 100,
+    'figure.constrained_layout.use': True,
+}
+_RUNS = (
+    '#b0b6bc',
+    '#2878b5',
+    '#e58a2d',
+    '#3f9b57',
+    '#8a63a8',
+    '#c44e52',
+    '#5d4037',
+    '#17a2a2',
+)  # one per run; the first, grey, is the baseline
+
 
 def _figure(f):
     "Draw in our style, close, return"
+
     @functools.wraps(f)
     def draw(*args, **kw):
-        with plt.rc_context(_STYLE): fig = f(*args, **kw)
+        with plt.rc_context(_STYLE):
+            fig = f(*args, **kw)
         plt.close(fig)
         return fig
+
     return draw
 
+
 def save_figure(
-    fig,     # what the functions of this page return
-    path,    # .png, .pdf, .svg: the suffix decides
-    dpi=150, # dots per inch
-)->Path:
+    fig,  # what the functions of this page return
+    path,  # .png, .pdf, .svg: the suffix decides
+    dpi=150,  # dots per inch
+) -> Path:
     "Write a figure, whole or not at all"
     return atomic_write(path, lambda p: fig.savefig(p, dpi=dpi, bbox_inches='tight'))
 
@@ -65,101 +107,175 @@ def save_figure(
 def _legend_handles(space, lbls):
     "Legend entries of the classes that occur in `lbls`"
     ids = np.unique(np.concatenate([np.unique(_array(l)) for l in lbls])) if len(lbls) else ()
-    marks = [Patch(facecolor=np.array(space.colors[i])/255, edgecolor='.8', label=space.classes[i]) for i in ids if i<len(space)]
-    return marks + [Patch(facecolor='k', label='ignored')]*(IGNORE in ids)
+    marks = [
+        Patch(facecolor=np.array(space.colors[i]) / 255, edgecolor='.8', label=space.classes[i])
+        for i in ids
+        if i < len(space)
+    ]
+    return marks + [Patch(facecolor='k', label='ignored')] * (IGNORE in ids)
+
 
 def _short(name, n=24):
     "A file's name without folder and suffixes, its end if it is long"
     s = Path(str(name)).stem.removesuffix('_leftImg8bit')
-    return s if len(s)<=n else '…'+s[1-n:]
+    return s if len(s) <= n else '…' + s[1 - n :]
 
 # %% ../../nbs/core/06_plots.ipynb #cf808842
-def _grid(pics, rows, cols=None, marks=(), width=7.2, tall=1.7, extra=0.):
+def _grid(pics, rows, cols=None, marks=(), width=7.2, tall=1.7, extra=0.0):
     "Rows of pictures, a name left of each row and above each column, a legend below; sizes in inches"
-    n,(h,w) = len(pics[0]),pics[0][0].shape[:2]
-    cw,bar = min(width/n, tall*w/h),.3*any(p.ndim==2 for row in pics for p in row)
-    fw = max(n*cw+.25+bar, 2.4)
-    lines = ceil(len(marks)/max(int(fw/.85), 2))
-    fig,axs = plt.subplots(len(pics), n, squeeze=False, figsize=(fw, len(pics)*(cw*h/w+.03)+.2*bool(cols)+.17*lines+.05+extra))
-    fig.get_layout_engine().set(w_pad=.015, h_pad=.015, wspace=0, hspace=0)
-    for r,(row,name) in enumerate(zip(pics, rows)):
-        for c,(ax,p) in enumerate(zip(axs[r], row)):
-            im = ax.imshow(p, cmap='viridis', vmin=0, vmax=1, interpolation='auto' if r==0 and w>100*cw else 'nearest')   # labels are never blended
-            ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
-            if p.ndim==2 and c==n-1: fig.colorbar(im, cax=ax.inset_axes([1.03,0,.03,1]), ticks=[0,1]).outline.set_visible(False)
-        axs[r,0].set_ylabel(name)
-    for ax,name in zip(axs[0], cols or ()): ax.set_title(_short(name, max(int(cw*13),3)), pad=3)
-    if marks: fig.legend(handles=marks, loc='outside lower center', ncols=ceil(len(marks)/lines), handlelength=1, handleheight=1,
-                         columnspacing=1, handletextpad=.4)
-    return fig,axs
+    n, (h, w) = len(pics[0]), pics[0][0].shape[:2]
+    cw, bar = min(width / n, tall * w / h), 0.3 * any(p.ndim == 2 for row in pics for p in row)
+    fw = max(n * cw + 0.25 + bar, 2.4)
+    lines = ceil(len(marks) / max(int(fw / 0.85), 2))
+    fig, axs = plt.subplots(
+        len(pics),
+        n,
+        squeeze=False,
+        figsize=(
+            fw,
+            len(pics) * (cw * h / w + 0.03) + 0.2 * bool(cols) + 0.17 * lines + 0.05 + extra,
+        ),
+    )
+    fig.get_layout_engine().set(w_pad=0.015, h_pad=0.015, wspace=0, hspace=0)
+    for r, (row, name) in enumerate(zip(pics, rows)):
+        for c, (ax, p) in enumerate(zip(axs[r], row)):
+            im = ax.imshow(
+                p,
+                cmap='viridis',
+                vmin=0,
+                vmax=1,
+                interpolation='auto' if r == 0 and w > 100 * cw else 'nearest',
+            )  # labels are never blended
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+            if p.ndim == 2 and c == n - 1:
+                fig.colorbar(
+                    im, cax=ax.inset_axes([1.03, 0, 0.03, 1]), ticks=[0, 1]
+                ).outline.set_visible(False)
+        axs[r, 0].set_ylabel(name)
+    for ax, name in zip(axs[0], cols or ()):
+        ax.set_title(_short(name, max(int(cw * 13), 3)), pad=3)
+    if marks:
+        fig.legend(
+            handles=marks,
+            loc='outside lower center',
+            ncols=ceil(len(marks) / lines),
+            handlelength=1,
+            handleheight=1,
+            columnspacing=1,
+            handletextpad=0.4,
+        )
+    return fig, axs
 
 # %% ../../nbs/core/06_plots.ipynb #ae1cc38f
 @_figure
 def show_sample(
-    sample:Sample,    # any batch; without labels only the images are shown
-    space:LabelSpace, # what its labels mean
-    n=4,              # how many of the batch
+    sample: Sample,  # any batch; without labels only the images are shown
+    space: LabelSpace,  # what its labels mean
+    n=4,  # how many of the batch
 ):
     "Image, label and weight of the first `n` samples, one column each; the figure"
-    x = sample[:n]; k = range(len(x))
-    pics,rows,lbls = [[_pixels(i) for i in x.img]],['image'],[] if x.lbl is None else [_array(l) for l in x.lbl]
-    if lbls: pics.append([colorize(l, space) for l in lbls]); rows.append('label')
-    if x.wgt is not None: pics.append([_array(w).astype(float) for w in x.wgt]); rows.append('trust')
-    return _grid(pics, rows, [x.name[i] if x.name else f'{i}' for i in k], _legend_handles(space, lbls))[0]
+    x = sample[:n]
+    k = range(len(x))
+    pics = [[_pixels(i) for i in x.img]]
+    rows = ['image']
+    lbls = [] if x.lbl is None else [_array(l) for l in x.lbl]
+    if lbls:
+        pics.append([colorize(l, space) for l in lbls])
+        rows.append('label')
+    if x.wgt is not None:
+        pics.append([_array(w).astype(float) for w in x.wgt])
+        rows.append('trust')
+    return _grid(
+        pics, rows, [x.name[i] if x.name else f'{i}' for i in k], _legend_handles(space, lbls)
+    )[0]
 
 # %% ../../nbs/core/06_plots.ipynb #2a43b4ea
 @_figure
 def show_step(
-    src:Sample,    # source batch, with labels
-    tgt:Sample,    # target batch
-    mixed:Sample,  # what the student saw: image, label, weight
-    pseudo:Sample, # the teacher's labels of `tgt` and their weight
-    space:LabelSpace,
-    n=1,           # how many of the batch, beside each other
+    src: Sample,  # source batch, with labels
+    tgt: Sample,  # target batch
+    mixed: Sample,  # what the student saw: image, label, weight
+    pseudo: Sample,  # the teacher's labels of `tgt` and their weight
+    space: LabelSpace,
+    n=1,  # how many of the batch, beside each other
 ):
     "What one step looked at: source, target with pseudo-label, and their mixture; the figure"
-    one = lambda s,i: 1.+0*_array(s.lbl[i]) if s.wgt is None else _array(s.wgt[i]).astype(float)
+
+    def one(s, i):
+        return 1.0 + 0 * _array(s.lbl[i]) if s.wgt is None else _array(s.wgt[i]).astype(float)
+
     n = min(n, len(src), len(tgt), len(mixed))
-    trio = [(s,l,i) for i in range(n) for s,l in ((src,src),(tgt,pseudo),(mixed,mixed))]
-    lbls = [_array(l.lbl[i]) for _,l,i in trio]
-    pics = [[_pixels(s.img[i]) for s,_,i in trio], [colorize(l, space) for l in lbls], [one(l,i) for _,l,i in trio]]
-    fig,axs = _grid(pics, ['image','label','trust'], [f'{k} {i}' if n>1 else k for i in range(n) for k in ('source','target','mixed')],
-                    _legend_handles(space, lbls), width=7.2 if n==1 else 10, extra=.18)
-    for c in range(1, 3*n, 3): axs[1,c].set_xlabel(f'pseudo-label, q = {pics[2][c].max():.2f}', labelpad=2)
+    trio = [(s, l, i) for i in range(n) for s, l in ((src, src), (tgt, pseudo), (mixed, mixed))]
+    lbls = [_array(l.lbl[i]) for _, l, i in trio]
+    pics = [
+        [_pixels(s.img[i]) for s, _, i in trio],
+        [colorize(l, space) for l in lbls],
+        [one(l, i) for _, l, i in trio],
+    ]
+    fig, axs = _grid(
+        pics,
+        ['image', 'label', 'trust'],
+        [f'{k} {i}' if n > 1 else k for i in range(n) for k in ('source', 'target', 'mixed')],
+        _legend_handles(space, lbls),
+        width=7.2 if n == 1 else 10,
+        extra=0.18,
+    )
+    for c in range(1, 3 * n, 3):
+        axs[1, c].set_xlabel(f'pseudo-label, q = {pics[2][c].max():.2f}', labelpad=2)
     return fig
 
 # %% ../../nbs/core/06_plots.ipynb #ca154fd0
 @_figure
 def show_panel(
-    imgs,      # n images: (H,W,3) uint8 or (3,H,W) normalised
-    truths,    # n labels, or None where there are none
-    befores,   # n predictions of the one network
-    afters,    # n predictions of the other
-    space:LabelSpace,
-    names=None, # n titles
+    imgs,  # n images: (H,W,3) uint8 or (3,H,W) normalised
+    truths,  # n labels, or None where there are none
+    befores,  # n predictions of the one network
+    afters,  # n predictions of the other
+    space: LabelSpace,
+    names=None,  # n titles
 ):
     "Image, truth, before, after: one column per image, with the legend of the classes; the figure"
-    named = [('truth',truths), ('before',befores), ('after',afters)]
-    rows = [(k, [_array(l) for l in ls]) for k,ls in named if ls is not None]
-    pics = [[_pixels(i) for i in imgs]]+[[colorize(l, space) for l in ls] for _,ls in rows]
-    fig,axs = _grid(pics, ['image']+[k for k,_ in rows], names, _legend_handles(space, [l for _,ls in rows for l in ls]))
-    for r,(k,ls) in enumerate(rows, 1):
-        if truths is None or k=='truth': continue
-        for ax,l,t in zip(axs[r], ls, map(_array, truths)):
-            if (seen := t!=IGNORE).any() and l.shape==t.shape: ax.text(.98, .04, f'{(l==t)[seen].mean():.0%}', transform=ax.transAxes, ha='right',
-                                                   color='w', fontsize=7, bbox=dict(fc='k', ec='none', alpha=.55, pad=1.5))
+    named = [('truth', truths), ('before', befores), ('after', afters)]
+    rows = [(k, [_array(l) for l in ls]) for k, ls in named if ls is not None]
+    pics = [[_pixels(i) for i in imgs]] + [[colorize(l, space) for l in ls] for _, ls in rows]
+    fig, axs = _grid(
+        pics,
+        ['image'] + [k for k, _ in rows],
+        names,
+        _legend_handles(space, [l for _, ls in rows for l in ls]),
+    )
+    for r, (k, ls) in enumerate(rows, 1):
+        if truths is None or k == 'truth':
+            continue
+        for ax, l, t in zip(axs[r], ls, map(_array, truths)):
+            if (seen := t != IGNORE).any() and l.shape == t.shape:
+                ax.text(
+                    0.98,
+                    0.04,
+                    f'{(l == t)[seen].mean():.0%}',
+                    transform=ax.transAxes,
+                    ha='right',
+                    color='w',
+                    fontsize=7,
+                    bbox=dict(fc='k', ec='none', alpha=0.55, pad=1.5),
+                )
     return fig
 
 # %% ../../nbs/core/06_plots.ipynb #7e66f848
 @_figure
 def show_prediction(
-    imgs,       # n images: (H,W,3) uint8 or (3,H,W) normalised
-    lbls,       # n predictions (h,w)
-    confs,      # n confidences (h,w) in [0,1]
-    space:LabelSpace,
-    names=None, # n titles
-    alpha=.6,   # of the classes over the image
+    imgs,  # n images: (H,W,3) uint8 or (3,H,W) normalised
+    lbls,  # n predictions (h,w)
+    confs,  # n confidences (h,w) in [0,1]
+    space: LabelSpace,
+    names=None,  # n titles
+    alpha=0.6,  # of the classes over the image
 ):
     "Image, classes over the image, confidence: one column per image, with the legend of the classes; the figure"
-    pics = [[_pixels(i) for i in imgs], [overlay(i, l, space, alpha) for i,l in zip(imgs, lbls)], [_array(c).astype(float) for c in confs]]
-    return _grid(pics, ['image','classes','confidence'], names, _legend_handles(space, lbls))[0]
+    pics = [
+        [_pixels(i) for i in imgs],
+        [overlay(i, l, space, alpha) for i, l in zip(imgs, lbls)],
+        [_array(c).astype(float) for c in confs],
+    ]
+    return _grid(pics, ['image', 'classes', 'confidence'], names, _legend_handles(space, lbls))[0]

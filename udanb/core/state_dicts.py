@@ -11,145 +11,237 @@ __all__ = ['WEIGHT_SUFFIXES', 'NETWORK_PREFIXES', 'check_weights_path', 'load_to
 import hashlib
 import pickle
 from pathlib import Path
+
 import numpy as np
 import torch
-from safetensors import safe_open, SafetensorError
-from torch import nn, Tensor
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
 from .utils import lookup
 
 # %% ../../nbs/core/05_state_dicts.ipynb #b1f5cb40
-WEIGHT_SUFFIXES = '.safetensors','.pth','.pt','.ckpt','.bin','.tar'
+WEIGHT_SUFFIXES = '.safetensors', '.pth', '.pt', '.ckpt', '.bin', '.tar'
+
 
 def check_weights_path(
-    path, # as given by the user
-)->Path:
+    path,  # as given by the user
+) -> Path:
     "The path of a file that exists, may be read and has an ending of `WEIGHT_SUFFIXES`; each failure is an error of its own"
     path = Path(path)
     try:
-        if not path.is_file(): raise FileNotFoundError(f'{path}: no such weights file')
+        if not path.is_file():
+            raise FileNotFoundError(f'{path}: no such weights file')
         open(path, 'rb').close()
     except PermissionError as e:
-        raise PermissionError(f'{path}: you may not read this file; if it is yours, `chmod u+r` it (and `chmod u+x` its folder), else ask its owner') from e
-    if path.suffix not in WEIGHT_SUFFIXES: raise ValueError(f"{path}: weights are read from {', '.join(WEIGHT_SUFFIXES[:-1])} or {WEIGHT_SUFFIXES[-1]}; unpack or rename it")
+        raise PermissionError(
+            f'{path}: you may not read this file; if it is yours, `chmod u+r` it (and `chmod u+x` its folder), else ask its owner'
+        ) from e
+    if path.suffix not in WEIGHT_SUFFIXES:
+        raise ValueError(
+            f"{path}: weights are read from {', '.join(WEIGHT_SUFFIXES[:-1])} or {WEIGHT_SUFFIXES[-1]}; unpack or rename it"
+        )
     return path
 
 # %% ../../nbs/core/05_state_dicts.ipynb #f8351bd8
-_NUMPY = [(np._core.multiarray.scalar, f'numpy.{m}.multiarray.scalar') for m in ('core','_core')] + [np.dtype, *(
-    type(np.dtype(t)) for t in ('f4','f8','i4','i8'))]
+_NUMPY = [
+    (np._core.multiarray.scalar, f'numpy.{m}.multiarray.scalar') for m in ('core', '_core')
+] + [np.dtype, *(type(np.dtype(t)) for t in ('f4', 'f8', 'i4', 'i8'))]
+
 
 def _reason(e):
     "The line of torch's long message that says what was met, without its advice"
-    lines = [l.strip() for l in str(e).splitlines() if l.strip() and not l.startswith('Check the documentation')] or ['']
+    lines = [
+        l.strip()
+        for l in str(e).splitlines()
+        if l.strip() and not l.startswith('Check the documentation')
+    ] or ['']
     return f"{type(e).__name__}: {lines[-1].split('. ')[0][:120]}"
 
+
 def load_torch_file(
-    path, # .pth, .pt, .ckpt, .bin or .tar
-): # what is in it: tensors and plain containers
+    path,  # .pth, .pt, .ckpt, .bin or .tar
+):  # what is in it: tensors and plain containers
     "Open a torch file without running its code; one that holds more, or is damaged, raises `ValueError`"
     path = check_weights_path(path)
     try:
-        with torch.serialization.safe_globals(_NUMPY): return torch.load(path, map_location='cpu', weights_only=True)
+        with torch.serialization.safe_globals(_NUMPY):
+            return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
-        with open(path, 'rb') as f: head = f.read(40)
-        if head and head[:2]!=b'PK' and head[0]!=0x80: raise ValueError(f'{path}: not a torch file, it begins with {head}; fetch it again') from e
+        with open(path, 'rb') as f:
+            head = f.read(40)
+        if head and head[:2] != b'PK' and head[0] != 0x80:
+            raise ValueError(
+                f'{path}: not a torch file, it begins with {head}; fetch it again'
+            ) from e
         if isinstance(e, pickle.UnpicklingError):
-            raise ValueError(f'{path}: holds more than tensors and could run code when opened, so it is refused. If you trust it, open it yourself and '
-                             f'save only the tensors: safetensors.torch.save_file(net.state_dict(), …) ({_reason(e)})') from e
-        raise ValueError(f'{path}: not a whole torch file ({_reason(e)}; {path.stat().st_size:,} bytes); was the download cut off? Fetch it again') from e
+            raise ValueError(
+                f'{path}: holds more than tensors and could run code when opened, so it is refused. If you trust it, open it yourself and '
+                f'save only the tensors: safetensors.torch.save_file(net.state_dict(), …) ({_reason(e)})'
+            ) from e
+        raise ValueError(
+            f'{path}: not a whole torch file ({_reason(e)}; {path.stat().st_size:,} bytes); was the download cut off? Fetch it again'
+        ) from e
 
 # %% ../../nbs/core/05_state_dicts.ipynb #f660d0f0
 def read_safetensors(
-    path, # .safetensors
-)->tuple: # name -> CPU tensor, dict of str
+    path,  # .safetensors
+) -> tuple:  # name -> CPU tensor, dict of str
     "Tensors and metadata; a damaged file raises `ValueError`"
     path = check_weights_path(path)
     try:
-        with safe_open(path, 'pt') as f: return {k: f.get_tensor(k) for k in f.keys()},dict(sorted((f.metadata() or {}).items()))
+        with safe_open(path, 'pt') as f:
+            return {k: f.get_tensor(k) for k in f.keys()}, dict(
+                sorted((f.metadata() or {}).items())
+            )
     except SafetensorError as e:
-        raise ValueError(f'{path}: not a whole safetensors file ({e}; {path.stat().st_size:,} bytes); was the download cut off? Fetch it again') from e
+        raise ValueError(
+            f'{path}: not a whole safetensors file ({e}; {path.stat().st_size:,} bytes); was the download cut off? Fetch it again'
+        ) from e
 
 # %% ../../nbs/core/05_state_dicts.ipynb #8bd19132
-_NETS,_BESIDE = ('state_dict','model','module','teacher'),('meta','optimizer','optimizer_states')
+_NETS, _BESIDE = (
+    ('state_dict', 'model', 'module', 'teacher'),
+    ('meta', 'optimizer', 'optimizer_states'),
+)
+
 
 def _holds(x):
     "Is there a tensor anywhere in it?"
-    return isinstance(x, Tensor) or any(map(_holds, x.values() if isinstance(x, dict) else x if isinstance(x, (list,tuple)) else ()))
+    return isinstance(x, Tensor) or any(
+        map(
+            _holds, x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ()
+        )
+    )
+
 
 def extract_state_dict(
-    obj,             # what `load_torch_file` returned
-    path='the file', # for messages
-)->tuple: # name -> tensor, meta
+    obj,  # what `load_torch_file` returned
+    path='the file',  # for messages
+) -> tuple:  # name -> tensor, meta
     "The one dictionary of tensors in it and mmcv's `meta`; anything else raises `ValueError`"
     meta = {}
-    if isinstance(obj, dict) and (key := next((k for k in _NETS if isinstance(obj.get(k), dict)), None)):
-        more = ', '.join(str(k) for k,v in obj.items() if k not in (key,*_BESIDE) and _holds(v))
-        if more: raise ValueError(f"{path}: unknown entries {more} beside {', '.join(_BESIDE)} and {key}; which network is meant? Save its tensors alone")
-        obj,meta = obj[key],obj.get('meta') or {}
-    bad = type(obj).__name__ if not isinstance(obj, dict) else 'an empty one' if not obj else next(
-        (f'{type(v).__name__} under {k!r}' for k,v in obj.items() if not isinstance(k, str) or not isinstance(v, Tensor)), None)
-    if bad: raise ValueError(f'{path}: not a dictionary of tensors but {bad}; save `net.state_dict()`')
-    return dict(obj),meta
+    if isinstance(obj, dict) and (
+        key := next((k for k in _NETS if isinstance(obj.get(k), dict)), None)
+    ):
+        more = ', '.join(str(k) for k, v in obj.items() if k not in (key, *_BESIDE) and _holds(v))
+        if more:
+            raise ValueError(
+                f"{path}: unknown entries {more} beside {', '.join(_BESIDE)} and {key}; which network is meant? Save its tensors alone"
+            )
+        obj, meta = obj[key], obj.get('meta') or {}
+    bad = (
+        type(obj).__name__
+        if not isinstance(obj, dict)
+        else 'an empty one'
+        if not obj
+        else next(
+            (
+                f'{type(v).__name__} under {k!r}'
+                for k, v in obj.items()
+                if not isinstance(k, str) or not isinstance(v, Tensor)
+            ),
+            None,
+        )
+    )
+    if bad:
+        raise ValueError(f'{path}: not a dictionary of tensors but {bad}; save `net.state_dict()`')
+    return dict(obj), meta
 
 # %% ../../nbs/core/05_state_dicts.ipynb #e4ea1973
 def load_state_dict_file(
-    path, # a file with one of `WEIGHT_SUFFIXES`
-)->tuple: # name -> CPU tensor, meta: a dictionary of what the file says about itself
+    path,  # a file with one of `WEIGHT_SUFFIXES`
+) -> tuple:  # name -> CPU tensor, meta: a dictionary of what the file says about itself
     "The tensors of a weight file, as they are called there; a missing, damaged or executable file raises an error that names it"
-    return read_safetensors(path) if Path(path).suffix=='.safetensors' else extract_state_dict(load_torch_file(path), path)
+    return (
+        read_safetensors(path)
+        if Path(path).suffix == '.safetensors'
+        else extract_state_dict(load_torch_file(path), path)
+    )
 
 # %% ../../nbs/core/05_state_dicts.ipynb #3099af82
-NETWORK_PREFIXES = dict(student=('model.','stu_model.'), teacher=('ema_model.',), imagenet=('imnet_model.',), mask_teacher=('mic.teacher.ema_model.',),
-             cu=('cu_model.',), ca=('ca_model.',))
+NETWORK_PREFIXES = dict(
+    student=('model.', 'stu_model.'),
+    teacher=('ema_model.',),
+    imagenet=('imnet_model.',),
+    mask_teacher=('mic.teacher.ema_model.',),
+    cu=('cu_model.',),
+    ca=('ca_model.',),
+)
+
 
 def split_by_network(
-    state:dict, # name -> tensor
-)->dict: # role -> {name without its prefix: tensor}; '' holds what has no known prefix
+    state: dict,  # name -> tensor
+) -> dict:  # role -> {name without its prefix: tensor}; '' holds what has no known prefix
     "The networks of a checkpoint"
     parts = {}
-    for k,v in state.items():
-        role,prefix = next(((r,p) for r,ps in NETWORK_PREFIXES.items() for p in ps if k.startswith(p)), ('',''))
-        parts.setdefault(role, {})[k[len(prefix):]] = v
+    for k, v in state.items():
+        role, prefix = next(
+            ((r, p) for r, ps in NETWORK_PREFIXES.items() for p in ps if k.startswith(p)), ('', '')
+        )
+        parts.setdefault(role, {})[k[len(prefix) :]] = v
     return parts
 
+
 def select_network(
-    state:dict,      # name -> tensor
-    which='student', # a key of `NETWORK_PREFIXES`
-    path='the file', # for messages
-)->dict: # name without prefix -> tensor
+    state: dict,  # name -> tensor
+    which='student',  # a key of `NETWORK_PREFIXES`
+    path='the file',  # for messages
+) -> dict:  # name without prefix -> tensor
     "The tensors of one network; a name that belongs to no network raises `ValueError`"
     lookup(which, NETWORK_PREFIXES, 'network')
     parts = split_by_network(state)
     bare = parts.pop('', {})
-    if bare and parts: raise ValueError(f"{path}: {len(bare)} names belong to none of its networks ({', '.join(parts)}): {', '.join(list(bare)[:5])}")
-    if bare and which=='student': return bare
-    if which not in parts: raise ValueError(f"{path}: there is no {which} in it; it holds {', '.join(parts) or 'one network, which is taken as the student'}")
+    if bare and parts:
+        raise ValueError(
+            f"{path}: {len(bare)} names belong to none of its networks ({', '.join(parts)}): {', '.join(list(bare)[:5])}"
+        )
+    if bare and which == 'student':
+        return bare
+    if which not in parts:
+        raise ValueError(
+            f"{path}: there is no {which} in it; it holds {', '.join(parts) or 'one network, which is taken as the student'}"
+        )
     return parts[which]
 
 # %% ../../nbs/core/05_state_dicts.ipynb #67191145
 def compare_state_dicts(
-    own:dict,   # name -> tensor, of the network that is to be filled
-    state:dict, # name -> tensor, of the file
-)->dict: # 'missing', 'unexpected', 'mismatching' -> list of str; kinds that do not occur are left out
+    own: dict,  # name -> tensor, of the network that is to be filled
+    state: dict,  # name -> tensor, of the file
+) -> (
+    dict
+):  # 'missing', 'unexpected', 'mismatching' -> list of str; kinds that do not occur are left out
     "What keeps `state` from fitting; empty if it fits"
-    shape = lambda t: 'x'.join(map(str, t.shape)) or 'scalar'
-    diff = dict(missing=[k for k in own if k not in state], unexpected=[k for k in state if k not in own],
-                mismatching=[f'{k} ({shape(state[k])} in the file, {shape(v)} in the network)' for k,v in own.items()
-                             if k in state and state[k].shape!=v.shape])
-    return {k:v for k,v in diff.items() if v}
+
+    def shape(t):
+        return 'x'.join(map(str, t.shape)) or 'scalar'
+
+    diff = dict(
+        missing=[k for k in own if k not in state],
+        unexpected=[k for k in state if k not in own],
+        mismatching=[
+            f'{k} ({shape(state[k])} in the file, {shape(v)} in the network)'
+            for k, v in own.items()
+            if k in state and state[k].shape != v.shape
+        ],
+    )
+    return {k: v for k, v in diff.items() if v}
+
 
 def format_key_diff(
-    diff:dict, # of `compare_state_dicts`
-)->list: # of str: one for each kind
+    diff: dict,  # of `compare_state_dicts`
+) -> list:  # of str: one for each kind
     "The differences in words"
-    return [f"{len(v)} {k}: {', '.join(v[:5])}{', …' if len(v)>5 else ''}" for k,v in diff.items()]
+    return [
+        f"{len(v)} {k}: {', '.join(v[:5])}{', …' if len(v) > 5 else ''}" for k, v in diff.items()
+    ]
 
 # %% ../../nbs/core/05_state_dicts.ipynb #4165f019
 def weights_hash(
     net,  # a network, or a state dict
     n=8,  # hexadecimal digits
-)->str:
+) -> str:
     "First digits of the SHA-256 over names, types, shapes and values; the order of the entries and the device do not matter"
-    state,h = net.state_dict() if isinstance(net, nn.Module) else net,hashlib.sha256()
+    state, h = net.state_dict() if isinstance(net, nn.Module) else net, hashlib.sha256()
     for k in sorted(state):
         t = state[k].detach().cpu().contiguous()
         h.update(f'{k} {t.dtype} {tuple(t.shape)}\n'.encode())

@@ -13,24 +13,33 @@ from pathlib import Path
 
 # %% ../../nbs/core/02_storage.ipynb #b1848381
 def atomic_write(
-    path,   # the final name
+    path,  # the final name
     write,  # bytes, str, or a function that gets the temporary `Path` and writes it
-)->Path:
+) -> Path:
     "Write a file so that it is whole or absent, never half"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f'.{path.stem}.{os.getpid()}.part{path.suffix}')   # keeps the suffix: writers choose formats by it
+    tmp = path.with_name(
+        f'.{path.stem}.{os.getpid()}.part{path.suffix}'
+    )  # keeps the suffix: writers choose formats by it
     try:
-        if callable(write): write(tmp)
-        else: tmp.write_bytes(write.encode() if isinstance(write,str) else write)
-        with open(tmp,'rb+') as f: os.fsync(f.fileno())
+        if callable(write):
+            write(tmp)
+        else:
+            tmp.write_bytes(write.encode() if isinstance(write, str) else write)
+        with open(tmp, 'rb+') as f:
+            os.fsync(f.fileno())
         os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
+    finally:
+        tmp.unlink(missing_ok=True)
     return path
+
 
 def write_json(path, obj):
     "Write JSON, whole or not at all; what JSON does not know is written as text"
-    return atomic_write(path, json.dumps(obj, indent=1, default=str)+'\n')
+    return atomic_write(path, json.dumps(obj, indent=1, default=str) + '\n')
+
+
 def read_json(path):
     "What a JSON file holds"
     return json.loads(Path(path).read_text())
@@ -82,5 +91,7 @@ def format_difference(
     "The fields in which two records differ, with both values"
     old, new = old or {}, new or {}
     return '; '.join(
-        f'{key}: {old.get(key)} there, {new.get(key)} here' for key in {**new, **old} if old.get(key) != new.get(key)
+        f'{key}: {old.get(key)} there, {new.get(key)} here'
+        for key in {**new, **old}
+        if old.get(key) != new.get(key)
     )

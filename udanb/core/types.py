@@ -8,59 +8,87 @@ __all__ = ['IGNORE', 'IMAGENET_MEAN', 'IMAGENET_STD', 'normalize', 'denormalize'
 # %% ../../nbs/core/00_types.ipynb #df26cc5d
 from dataclasses import dataclass, replace
 from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
 
 # %% ../../nbs/core/00_types.ipynb #868cd331
-IGNORE = 255                          # the label of pixels that count nowhere
-IMAGENET_MEAN = (123.675/255, 116.28/255, 103.53/255)
-IMAGENET_STD = (58.395/255, 57.12/255, 57.375/255)
+IGNORE = 255  # the label of pixels that count nowhere
+IMAGENET_MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
+IMAGENET_STD = (58.395 / 255, 57.12 / 255, 57.375 / 255)
+
 
 def normalize(
-    img, # (...,H,W,3) uint8 array, or (...,3,H,W) float tensor in [0,1]
-)->Tensor: # (...,3,H,W) float32, ImageNet-normalised
+    img,  # (...,H,W,3) uint8 array, or (...,3,H,W) float tensor in [0,1]
+) -> Tensor:  # (...,3,H,W) float32, ImageNet-normalised
     "From pixels to what networks eat"
-    if isinstance(img, np.ndarray): img = torch.from_numpy(np.ascontiguousarray(img)).movedim(-1,-3).float()/255
-    return (img-img.new_tensor(IMAGENET_MEAN)[:,None,None])/img.new_tensor(IMAGENET_STD)[:,None,None]
+    if isinstance(img, np.ndarray):
+        img = torch.from_numpy(np.ascontiguousarray(img)).movedim(-1, -3).float() / 255
+    return (img - img.new_tensor(IMAGENET_MEAN)[:, None, None]) / img.new_tensor(IMAGENET_STD)[
+        :, None, None
+    ]
+
 
 def denormalize(
-    img:Tensor, # (...,3,H,W) float, ImageNet-normalised
-)->Tensor: # the same in [0,1], not clamped
+    img: Tensor,  # (...,3,H,W) float, ImageNet-normalised
+) -> Tensor:  # the same in [0,1], not clamped
     "Back to pixels between 0 and 1"
-    return img*img.new_tensor(IMAGENET_STD)[:,None,None]+img.new_tensor(IMAGENET_MEAN)[:,None,None]
+    return (
+        img * img.new_tensor(IMAGENET_STD)[:, None, None]
+        + img.new_tensor(IMAGENET_MEAN)[:, None, None]
+    )
 
 # %% ../../nbs/core/00_types.ipynb #d727c2c4
 @dataclass
 class Sample:
     "A batch of images with what is known about their pixels"
-    img:Tensor               # (B,3,H,W) float, ImageNet-normalised
-    lbl:Tensor|None = None   # (B,H,W) int64 train ids, `IGNORE` = unknown; None = no labels at all
-    wgt:Tensor|None = None   # (B,H,W) float in [0,1]; None = 1 everywhere
-    name:tuple = ()          # B file names, for messages
 
-    def __len__(self): return len(self.img)
+    img: Tensor  # (B,3,H,W) float, ImageNet-normalised
+    lbl: Tensor | None = (
+        None  # (B,H,W) int64 train ids, `IGNORE` = unknown; None = no labels at all
+    )
+    wgt: Tensor | None = None  # (B,H,W) float in [0,1]; None = 1 everywhere
+    name: tuple = ()  # B file names, for messages
+
+    def __len__(self):
+        return len(self.img)
+
     def map(self, f):
         "Apply `f` to each tensor"
-        return replace(self, **{k: f(v) for k in ('img','lbl','wgt') if (v := getattr(self,k)) is not None})
-    def to(self, device): return self.map(lambda t: t.to(device, non_blocking=True))
-    def pin_memory(self): return self.map(lambda t: t.pin_memory())
+        return replace(
+            self, **{k: f(v) for k in ('img', 'lbl', 'wgt') if (v := getattr(self, k)) is not None}
+        )
+
+    def to(self, device):
+        return self.map(lambda t: t.to(device, non_blocking=True))
+
+    def pin_memory(self):
+        return self.map(lambda t: t.pin_memory())
+
     def __getitem__(self, i):
         "A smaller batch: `i` is a slice or an index array"
-        return replace(self.map(lambda t: t[i]), name=tuple(np.array(self.name, dtype=object)[i]) if self.name else ())
+        return replace(
+            self.map(lambda t: t[i]),
+            name=tuple(np.array(self.name, dtype=object)[i]) if self.name else (),
+        )
 
 # %% ../../nbs/core/00_types.ipynb #2b582dd3
 def collate(
-    xs:list, # of `Sample`s, each with B=1 or more and the same fields
-)->Sample: # one batch
+    xs: list,  # of `Sample`s, each with B=1 or more and the same fields
+) -> Sample:  # one batch
     "Join samples along the batch axis"
-    cat = lambda k: None if getattr(xs[0],k) is None else torch.cat([getattr(x,k) for x in xs])
+
+    def cat(k):
+        return None if getattr(xs[0], k) is None else torch.cat([getattr(x, k) for x in xs])
+
     return Sample(cat('img'), cat('lbl'), cat('wgt'), tuple(n for x in xs for n in x.name))
 
 # %% ../../nbs/core/00_types.ipynb #435dd81b
 class SegOutput(NamedTuple):
     "What a segmentor returns"
-    logits:Tensor          # (B,C,h,w), usually at stride 4
-    feats:tuple = ()       # encoder maps at strides 4, 8, 16, 32: each (B,c,h,w)
-    fused:Tensor = None    # (B,D,h,w), the embedding just before the classifier
-    aux:dict = {}          # extras of wrappers (auxiliary logits, attention); never state
+
+    logits: Tensor  # (B,C,h,w), usually at stride 4
+    feats: tuple = ()  # encoder maps at strides 4, 8, 16, 32: each (B,c,h,w)
+    fused: Tensor = None  # (B,D,h,w), the embedding just before the classifier
+    aux: dict = {}  # extras of wrappers (auxiliary logits, attention); never state

@@ -15,102 +15,130 @@ import sys
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
+
 import numpy as np
 import torch
-from torch import nn, Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 # %% ../../nbs/core/01_utils.ipynb #e76df64c
 def seed_all(
-    *key:int, # any integers: (seed,), (seed, step), …
-)->int: # the seed that was set
+    *key: int,  # any integers: (seed,), (seed, step), …
+) -> int:  # the seed that was set
     "Seed python, numpy and torch from a key"
     s = int(np.random.SeedSequence([k % 2**63 for k in key]).generate_state(1)[0])
-    random.seed(s); np.random.seed(s); torch.manual_seed(s)
+    random.seed(s)
+    np.random.seed(s)
+    torch.manual_seed(s)
     return s
 
 # %% ../../nbs/core/01_utils.ipynb #872c32da
 def project_root(
-    start=None, # where to begin; None = the working directory
-)->Path: # nearest folder upwards with a settings.ini, else the start itself
+    start=None,  # where to begin; None = the working directory
+) -> Path:  # nearest folder upwards with a settings.ini, else the start itself
     "The folder that `data/` and `outputs/` are relative to"
     start = Path(start or os.getcwd()).resolve()
-    return next((p for p in [start, *start.parents] if (p/'settings.ini').exists()), start)
+    return next((p for p in [start, *start.parents] if (p / 'settings.ini').exists()), start)
+
 
 def resolve(
-    path, # absolute, or relative to the project
-)->Path:
+    path,  # absolute, or relative to the project
+) -> Path:
     "An absolute path, wherever we were started"
     path = Path(path).expanduser()
-    return path if path.is_absolute() else (project_root()/path).resolve()
+    return path if path.is_absolute() else (project_root() / path).resolve()
 
 # %% ../../nbs/core/01_utils.ipynb #34b7820c
 def lookup(
-    name:str,      # what the user wrote
-    choices,       # a dict, or any iterable of names
-    what='name',   # what it is, for the message
+    name: str,  # what the user wrote
+    choices,  # a dict, or any iterable of names
+    what='name',  # what it is, for the message
 ):
     "`choices[name]` (or `name` itself); an unknown name raises `ValueError` with the nearest known one"
-    if name in choices: return choices[name] if isinstance(choices,dict) else name
+    if name in choices:
+        return choices[name] if isinstance(choices, dict) else name
     near = difflib.get_close_matches(str(name), [str(c) for c in choices], 1, 0.5)
     hint = f"; did you mean '{near[0]}'?" if near else ''
-    raise ValueError(f"unknown {what} '{name}'{hint} (known: {', '.join(map(str,choices))})")
+    raise ValueError(f"unknown {what} '{name}'{hint} (known: {', '.join(map(str, choices))})")
 
 # %% ../../nbs/core/01_utils.ipynb #18c187e6
 def progress_bar(
-    it=None,       # what to iterate over; None = move the bar by hand
-    desc='',       # label in front
-    total=None,    # length, if `it` has none
-    initial=0,     # already done, after a resume
-    quiet=False,   # no bar
-)->tqdm:
+    it=None,  # what to iterate over; None = move the bar by hand
+    desc='',  # label in front
+    total=None,  # length, if `it` has none
+    initial=0,  # already done, after a resume
+    quiet=False,  # no bar
+) -> tqdm:
     "A text progress bar with ETA on stderr"
-    return tqdm(it, desc=desc, total=total, initial=initial, disable=quiet, file=sys.stderr, ascii=' =', mininterval=0.5, dynamic_ncols=True)
+    return tqdm(
+        it,
+        desc=desc,
+        total=total,
+        initial=initial,
+        disable=quiet,
+        file=sys.stderr,
+        ascii=' =',
+        mininterval=0.5,
+        dynamic_ncols=True,
+    )
 
 # %% ../../nbs/core/01_utils.ipynb #ce0104d0
 @contextmanager
 def eval_mode(
-    net:nn.Module, # any network
+    net: nn.Module,  # any network
 ):
     "Inside: evaluation mode, no gradients. Afterwards: every module in the mode it was in"
-    was = [(m,m.training) for m in net.modules()]
+    was = [(m, m.training) for m in net.modules()]
     net.eval()
     try:
-        with torch.no_grad(): yield net
+        with torch.no_grad():
+            yield net
     finally:
-        for m,training in was: m.training = training
+        for m, training in was:
+            m.training = training
 
 # %% ../../nbs/core/01_utils.ipynb #8b53a9d0
 def upsample(
-    x:Tensor,   # (B,C,h,w)
-    size:tuple, # (H,W)
-)->Tensor: # (B,C,H,W)
+    x: Tensor,  # (B,C,h,w)
+    size: tuple,  # (H,W)
+) -> Tensor:  # (B,C,H,W)
     "Bilinear, corners not aligned, in float32 whatever the network answers in: the one way maps are enlarged"
     x = x.float()
-    return x if x.shape[-2:]==tuple(size) else F.interpolate(x, tuple(size), mode='bilinear', align_corners=False)
+    return (
+        x
+        if x.shape[-2:] == tuple(size)
+        else F.interpolate(x, tuple(size), mode='bilinear', align_corners=False)
+    )
 
 # %% ../../nbs/core/01_utils.ipynb #230a2f7d
 def stable_repr(
-    x, # a function, an object or a plain value
-)->str: # a string as it is
+    x,  # a function, an object or a plain value
+) -> str:  # a string as it is
     "What stands for `x` in a record: its `repr` without addresses in memory, which another process would not repeat"
     return x if isinstance(x, str) else re.sub(' at 0x[0-9a-f]+', '', repr(x))
 
 # %% ../../nbs/core/01_utils.ipynb #99503d78
 def read_error_message(
-    e:Exception, # of reading an image
-    name:str,    # the image
-)->str:
+    e: Exception,  # of reading an image
+    name: str,  # the image
+) -> str:
     "Why an image could not be read, without the folders above it"
     return re.sub(rf'/[^\n]*?{re.escape(name)}', lambda m: name, str(e))
 
+
 def warn_skipped(
-    lost:dict, # name -> reason
-    total:int, # of images
-    where,     # file that keeps the reasons
+    lost: dict,  # name -> reason
+    total: int,  # of images
+    where,  # file that keeps the reasons
 ):
     "Warn of images that could not be read; if none could, `ValueError`"
-    if not lost: return
-    if len(lost)==total: raise ValueError(f'none of {total} images can be read; the first: {next(iter(lost.items()))}')
-    warnings.warn(f"{len(lost)} of {total} images could not be read and were left out (skip_broken): {', '.join(list(lost)[:5])}; {where} says why")
+    if not lost:
+        return
+    if len(lost) == total:
+        raise ValueError(
+            f'none of {total} images can be read; the first: {next(iter(lost.items()))}'
+        )
+    warnings.warn(
+        f"{len(lost)} of {total} images could not be read and were left out (skip_broken): {', '.join(list(lost)[:5])}; {where} says why"
+    )

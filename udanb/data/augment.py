@@ -8,106 +8,152 @@ __all__ = ['adjust_brightness', 'adjust_contrast', 'adjust_saturation', 'adjust_
 
 # %% ../../nbs/data/08_augment.ipynb #a1b5660a
 from functools import reduce
+
 import numpy as np
 import torch
-from torch import nn, Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
 from ..core.types import denormalize, normalize
 
 # %% ../../nbs/data/08_augment.ipynb #89e81347
 def adjust_brightness(x, f):
     "Add f-1 to each channel, kept in [0,1]"
-    return (x+(f-1)).clamp(0,1)
+    return (x + (f - 1)).clamp(0, 1)
+
+
 def adjust_contrast(x, f):
     "Multiply each channel by f, kept in [0,1]"
-    return (x*f).clamp(0,1)
+    return (x * f).clamp(0, 1)
+
 
 def adjust_saturation(
-    x:Tensor, # (3,H,W) in [0,1]
-    f:float,  # 0 = grey, 1 = unchanged
-)->Tensor:
+    x: Tensor,  # (3,H,W) in [0,1]
+    f: float,  # 0 = grey, 1 = unchanged
+) -> Tensor:
     "Scale HSV's saturation"
     top = x.amax(-3, keepdim=True)
-    gap = (top-x.amin(-3, keepdim=True)).clamp(min=1e-6)
-    return top-(top-x)*(top/gap).clamp(max=f)
+    gap = (top - x.amin(-3, keepdim=True)).clamp(min=1e-6)
+    return top - (top - x) * (top / gap).clamp(max=f)
+
 
 def adjust_hue(
-    x:Tensor, # (3,H,W) in [0,1]
-    f:float,  # turn, in circles: 1/3 makes red green
-)->Tensor:
+    x: Tensor,  # (3,H,W) in [0,1]
+    f: float,  # turn, in circles: 1/3 makes red green
+) -> Tensor:
     "Turn HSV's hue"
-    (r,g,b),top = x.unbind(-3),x.amax(-3)
-    gap = top-x.amin(-3)
-    h = torch.where(r==top, g-b, torch.where(g==top, b-r+2*gap, r-g+4*gap))/gap.clamp(min=1e-6)+6*f
-    d = torch.stack([h,h-2,h-4], -3)/6
-    d = (d-d.round()).abs_()*6                                    # from each channel's place, around the circle: 0…3
-    return top.unsqueeze(-3)-gap.unsqueeze(-3)*(d-1).clamp_(0,1)
+    (r, g, b), top = x.unbind(-3), x.amax(-3)
+    gap = top - x.amin(-3)
+    h = (
+        torch.where(r == top, g - b, torch.where(g == top, b - r + 2 * gap, r - g + 4 * gap))
+        / gap.clamp(min=1e-6)
+        + 6 * f
+    )
+    d = torch.stack([h, h - 2, h - 4], -3) / 6
+    d = (d - d.round()).abs_() * 6  # from each channel's place, around the circle: 0…3
+    return top.unsqueeze(-3) - gap.unsqueeze(-3) * (d - 1).clamp_(0, 1)
 
 # %% ../../nbs/data/08_augment.ipynb #ff4393b0
 def color_jitter(
-    img:Tensor, # (B,3,H,W) in [0,1]
-    brightness, # B factors, or one for all; likewise
+    img: Tensor,  # (B,3,H,W) in [0,1]
+    brightness,  # B factors, or one for all; likewise
     contrast,
     saturation,
-    hue,        # in circles
-    order,      # (B,4) or (4,): 0 brightness, 1 contrast, 2 saturation, 3 hue
-)->Tensor: # (B,3,H,W) in [0,1]
+    hue,  # in circles
+    order,  # (B,4) or (4,): 0 brightness, 1 contrast, 2 saturation, 3 hue
+) -> Tensor:  # (B,3,H,W) in [0,1]
     "Change the colours of each image by its own factors, in its own order (kornia 0.5.8's arithmetic)"
     n = len(img)
-    fs = torch.stack([torch.as_tensor(f, dtype=torch.float64).expand(n) for f in (brightness,contrast,saturation,hue)], 1).tolist()
-    orders = torch.as_tensor(order).expand(n,4).tolist()
-    return torch.stack([reduce(lambda x,k: _COLOR[k](x, f[k]), o, x) for x,f,o in zip(img,fs,orders)])
+    fs = torch.stack(
+        [
+            torch.as_tensor(f, dtype=torch.float64).expand(n)
+            for f in (brightness, contrast, saturation, hue)
+        ],
+        1,
+    ).tolist()
+    orders = torch.as_tensor(order).expand(n, 4).tolist()
+    return torch.stack(
+        [reduce(lambda x, k: _COLOR[k](x, f[k]), o, x) for x, f, o in zip(img, fs, orders)]
+    )
+
 
 _COLOR = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
 
 # %% ../../nbs/data/08_augment.ipynb #f9e28cfc
 def blur_kernel_size(
-    n:int, # side of the image, pixels
-)->int: # odd
+    n: int,  # side of the image, pixels
+) -> int:  # odd
     "DAFormer's kernel: the largest odd number within a tenth of the side, rounded up"
-    k = -(-n//10)
-    return k-(k%2==0)
+    k = -(-n // 10)
+    return k - (k % 2 == 0)
+
 
 def _smooth(x, sigma, r, dim):
     "Gaussian of radius r along one axis of (C,H,W), with reflected borders"
-    w = np.exp(-np.arange(r+1)**2/(2*sigma**2))
-    w = (w/(2*w.sum()-1)).tolist()
-    n,y = x.shape[dim],F.pad(x, (r,r,0,0) if dim==2 else (0,0,r,r), mode='reflect')
-    out = w[0]*x
-    for i in range(1,r+1): out = out.add_(y.narrow(dim,r-i,n), alpha=w[i]).add_(y.narrow(dim,r+i,n), alpha=w[i])
+    w = np.exp(-(np.arange(r + 1) ** 2) / (2 * sigma**2))
+    w = (w / (2 * w.sum() - 1)).tolist()
+    n, y = x.shape[dim], F.pad(x, (r, r, 0, 0) if dim == 2 else (0, 0, r, r), mode='reflect')
+    out = w[0] * x
+    for i in range(1, r + 1):
+        out = out.add_(y.narrow(dim, r - i, n), alpha=w[i]).add_(
+            y.narrow(dim, r + i, n), alpha=w[i]
+        )
     return out
 
+
 def gaussian_blur(
-    img:Tensor,  # (B,3,H,W)
-    sigma,       # B standard deviations in pixels, or one for all
-    kernel=None, # odd size, or (along H, along W); None = DAFormer's rule
-)->Tensor: # (B,3,H,W)
+    img: Tensor,  # (B,3,H,W)
+    sigma,  # B standard deviations in pixels, or one for all
+    kernel=None,  # odd size, or (along H, along W); None = DAFormer's rule
+) -> Tensor:  # (B,3,H,W)
     "Gaussian blur of each image by its own sigma, borders reflected"
-    ky,kx = (blur_kernel_size(img.shape[2]),blur_kernel_size(img.shape[3])) if kernel is None else np.broadcast_to(kernel, 2).tolist()
+    ky, kx = (
+        (blur_kernel_size(img.shape[2]), blur_kernel_size(img.shape[3]))
+        if kernel is None
+        else np.broadcast_to(kernel, 2).tolist()
+    )
     sigmas = torch.as_tensor(sigma, dtype=torch.float64).expand(len(img)).tolist()
-    one = lambda x,s: reduce(lambda x,kd: _smooth(x, s, min(kd[0]//2, int(np.ceil(6*s))), kd[1]), ((kx,2),(ky,1)), x)
-    return torch.stack([one(x,s) for x,s in zip(img,sigmas)])
+
+    def one(x, s):
+        return reduce(
+            lambda x, kd: _smooth(x, s, min(kd[0] // 2, int(np.ceil(6 * s))), kd[1]),
+            ((kx, 2), (ky, 1)),
+            x,
+        )
+
+    return torch.stack([one(x, s) for x, s in zip(img, sigmas)])
 
 # %% ../../nbs/data/08_augment.ipynb #b7193e8e
 class StrongAugmentation(nn.Module):
     "Colour jitter and blur for a batch on its device (DAFormer's strong augmentation)"
-    def __init__(self,
-        p_jitter=.8,        # probability that the batch is jittered
-        strength=.2,        # factors are in 1±strength, hue in ±strength circles
-        p_blur=.5,          # probability that the batch is blurred
-        sigma=(.15,1.15),   # range of the blur, pixels
+
+    def __init__(
+        self,
+        p_jitter=0.8,  # probability that the batch is jittered
+        strength=0.2,  # factors are in 1±strength, hue in ±strength circles
+        p_blur=0.5,  # probability that the batch is blurred
+        sigma=(0.15, 1.15),  # range of the blur, pixels
     ):
         super().__init__()
-        self.p_jitter,self.strength,self.p_blur,self.sigma = p_jitter,strength,p_blur,sigma
+        self.p_jitter = p_jitter
+        self.strength = strength
+        self.p_blur = p_blur
+        self.sigma = sigma
 
     @torch.no_grad()
-    def forward(self,
-        img:Tensor, # (B,3,H,W) float, ImageNet-normalised
-    )->Tensor: # the same, augmented; `img` itself is never changed
+    def forward(
+        self,
+        img: Tensor,  # (B,3,H,W) float, ImageNet-normalised
+    ) -> Tensor:  # the same, augmented; `img` itself is never changed
         "A batch under other light"
-        n,cpu = len(img),dict(device='cpu')
-        coins,f = torch.rand(2, **cpu).tolist(),1+self.strength*(2*torch.rand(4,n, **cpu)-1)
-        order,s = torch.rand(n,4, **cpu).argsort(1),torch.rand(n, **cpu)
-        if coins[0]<self.p_jitter: img = normalize(color_jitter(denormalize(img), f[0], f[1], f[2], f[3]-1, order))
-        if coins[1]<self.p_blur: img = gaussian_blur(img, self.sigma[0]+(self.sigma[1]-self.sigma[0])*s)
+        n, cpu = len(img), dict(device='cpu')
+        coins, f = (
+            torch.rand(2, **cpu).tolist(),
+            1 + self.strength * (2 * torch.rand(4, n, **cpu) - 1),
+        )
+        order, s = torch.rand(n, 4, **cpu).argsort(1), torch.rand(n, **cpu)
+        if coins[0] < self.p_jitter:
+            img = normalize(color_jitter(denormalize(img), f[0], f[1], f[2], f[3] - 1, order))
+        if coins[1] < self.p_blur:
+            img = gaussian_blur(img, self.sigma[0] + (self.sigma[1] - self.sigma[0]) * s)
         return img

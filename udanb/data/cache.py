@@ -12,9 +12,11 @@ import json
 import os
 import warnings
 from pathlib import Path
+
 import cv2
 import numpy as np
 from PIL import Image
+
 from ..core.image_io import find_files, read_image, read_image_size, read_last_channel
 from ..core.labels import remap
 from ..core.storage import atomic_write
@@ -24,81 +26,120 @@ from .inspection import _mark, _rel, _sig, inspect_pair, write_train_id_label
 from .transforms import margin_mask, resize_keep_ratio, resized_shape
 
 # %% ../../nbs/data/11_cache.ipynb #992c44a5
-_FAST = [cv2.IMWRITE_PNG_COMPRESSION,1, cv2.IMWRITE_PNG_FILTER,cv2.IMWRITE_PNG_FILTER_UP, cv2.IMWRITE_PNG_STRATEGY,cv2.IMWRITE_PNG_STRATEGY_RLE]
-_FLAT = [cv2.IMWRITE_PNG_COMPRESSION,3, cv2.IMWRITE_PNG_FILTER,cv2.IMWRITE_PNG_FILTER_NONE]
+_FAST = [
+    cv2.IMWRITE_PNG_COMPRESSION,
+    1,
+    cv2.IMWRITE_PNG_FILTER,
+    cv2.IMWRITE_PNG_FILTER_UP,
+    cv2.IMWRITE_PNG_STRATEGY,
+    cv2.IMWRITE_PNG_STRATEGY_RLE,
+]
+_FLAT = [cv2.IMWRITE_PNG_COMPRESSION, 3, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE]
 
-def _tag(size, quality): return f'{size[0]}x{size[1]}'+(f'-q{quality}' if quality else '')
+
+def _tag(size, quality):
+    return f'{size[0]}x{size[1]}' + (f'-q{quality}' if quality else '')
+
 
 def cache_dir(
-    folder,       # `SegDataset`
-    size,         # (H,W) box, see `resize_keep_ratio`
-    quality=None, # of JPEG images; None = lossless PNG
-)->Path:
+    folder,  # `SegDataset`
+    size,  # (H,W) box, see `resize_keep_ratio`
+    quality=None,  # of JPEG images; None = lossless PNG
+) -> Path:
     "Where resized copies are: hidden beside the data or, on a read-only disk, in the project's cache"
-    own = folder.spec.stats.removeprefix('sample_class_stats').removesuffix('.json')      # copies of labels hold train ids: one place for each class list
-    near,far = folder.root/f'.cache{own}',stats_paths(folder)[1]
+    own = folder.spec.stats.removeprefix('sample_class_stats').removesuffix(
+        '.json'
+    )  # copies of labels hold train ids: one place for each class list
+    near, far = folder.root / f'.cache{own}', stats_paths(folder)[1]
     far = far.with_name(far.stem.replace('sample_class_stats', 'resized'))
-    there = [d for d in (near,far) if (d/_tag(size, quality)).is_dir()]
-    return (there or [near if os.access(folder.root, os.W_OK) else far])[0]/_tag(size, quality)
+    there = [d for d in (near, far) if (d / _tag(size, quality)).is_dir()]
+    return (there or [near if os.access(folder.root, os.W_OK) else far])[0] / _tag(size, quality)
+
 
 def cache_paths(
-    folder, i, # `SegDataset`, which
-    size, quality=None,
-)->tuple: # paths of image and label
+    folder,
+    i,  # `SegDataset`, which
+    size,
+    quality=None,
+) -> tuple:  # paths of image and label
     "Where the copies of a pair are: the original's whole name, and a suffix"
-    where,name = cache_dir(folder, size, quality),folder.names[i]
-    return where/f'{name}.img.{"jpg" if quality else "png"}',where/f'{name}.lbl.png'
+    where, name = cache_dir(folder, size, quality), folder.names[i]
+    return where / f'{name}.img.{"jpg" if quality else "png"}', where / f'{name}.lbl.png'
 
 # %% ../../nbs/data/11_cache.ipynb #ce09dacc
 def shrink_to_fit(
-    x:np.ndarray, # (H,W[,3])
-    size,         # (H,W) box
-    nearest=False,# True for labels
-)->np.ndarray:
+    x: np.ndarray,  # (H,W[,3])
+    size,  # (H,W) box
+    nearest=False,  # True for labels
+) -> np.ndarray:
     "`resize_keep_ratio`, but never larger than it is"
-    return x if any(a>b for a,b in zip(resized_shape(x.shape[:2], size), x.shape)) else resize_keep_ratio(x, size, nearest)
+    return (
+        x
+        if any(a > b for a, b in zip(resized_shape(x.shape[:2], size), x.shape))
+        else resize_keep_ratio(x, size, nearest)
+    )
+
 
 def write_cached_pair(
-    folder, i,    # `SegDataset`, which
-    img, lbl,     # (H,W,3) uint8 RGB and (H,W) uint8 train ids (or None), as the files have them
-    row:dict,     # from `inspect_pair`; its `copies` get one more
-    size, quality=None,
+    folder,
+    i,  # `SegDataset`, which
+    img,
+    lbl,  # (H,W,3) uint8 RGB and (H,W) uint8 train ids (or None), as the files have them
+    row: dict,  # from `inspect_pair`; its `copies` get one more
+    size,
+    quality=None,
 ):
     "Write the resized copies of one pair"
-    a,b = cache_paths(folder, i, size, quality)
-    write = lambda p,x,how: atomic_write(p, cv2.imencode(p.suffix, x, how)[1].tobytes())
+    a, b = cache_paths(folder, i, size, quality)
+
+    def write(p, x, how):
+        return atomic_write(p, cv2.imencode(p.suffix, x, how)[1].tobytes())
+
     img = shrink_to_fit(folder._share(img, Image.Resampling.BICUBIC), size)
-    write(a, cv2.cvtColor(img, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY,quality] if quality else _FAST)
-    if lbl is not None: write(b, shrink_to_fit(folder._share(lbl, Image.Resampling.NEAREST), size, True), _FLAT)
-    row['copies'] = sorted({*row['copies'],_tag(size, quality)})
+    write(
+        a,
+        cv2.cvtColor(img, cv2.COLOR_RGB2BGR),
+        [cv2.IMWRITE_JPEG_QUALITY, quality] if quality else _FAST,
+    )
+    if lbl is not None:
+        write(b, shrink_to_fit(folder._share(lbl, Image.Resampling.NEAREST), size, True), _FLAT)
+    row['copies'] = sorted({*row['copies'], _tag(size, quality)})
 
 # %% ../../nbs/data/11_cache.ipynb #723087df
 def process_pair(
-    folder, i,     # `SegDataset`, which
-    full=True,     # decode the image
-    convert=False, # write the converted label
-    size=None,     # (H,W) box of a resized copy
+    folder,
+    i,  # `SegDataset`, which
+    full=True,  # decode the image
+    convert=False,  # write the converted label
+    size=None,  # (H,W) box of a resized copy
     quality=None,  # of JPEG copies
-    had=(),        # copies that an earlier row knew of
-)->dict: # a row that survives JSON
+    had=(),  # copies that an earlier row knew of
+) -> dict:  # a row that survives JSON
     "Look at a pair and write what is asked for"
-    row,img,ids = inspect_pair(folder, i, full or bool(size))
-    lbl,ok,row['copies'] = None,row['px'] is not None and not row['odd'],[*had]
+    row, img, ids = inspect_pair(folder, i, full or bool(size))
+    lbl, ok, row['copies'] = None, row['px'] is not None and not row['odd'], [*had]
     try:
         if ok and (convert or size):
             k = folder.spec.labels[folder.labels[i][1]]
             lbl = remap(ids, k.table())
-        if ok and convert: write_train_id_label(folder, i, lbl, row)
-        if size and not row['faults']: write_cached_pair(folder, i, img, lbl, row, size, quality)
-    except OSError as e: row['stop'] = [e.errno or errno.EIO,str(e)]
+        if ok and convert:
+            write_train_id_label(folder, i, lbl, row)
+        if size and not row['faults']:
+            write_cached_pair(folder, i, img, lbl, row, size, quality)
+    except OSError as e:
+        row['stop'] = [e.errno or errno.EIO, str(e)]
     return json.loads(json.dumps(row))
 
 # %% ../../nbs/data/11_cache.ipynb #cbd8a0a9
-def journal_paths(folder)->list:
+def journal_paths(folder) -> list:
     "Where the journal may be: beside the data, or in the project's cache"
-    return [p.with_name(p.stem.replace('sample_class_stats', 'survey')+'.jsonl') for p in stats_paths(folder)]
+    return [
+        p.with_name(p.stem.replace('sample_class_stats', 'survey') + '.jsonl')
+        for p in stats_paths(folder)
+    ]
 
-def read_survey_journal(folder)->dict: # name -> row
+
+def read_survey_journal(folder) -> dict:  # name -> row
     "What earlier runs found out; lines that are not whole are dropped"
     rows = {}
     for path in sorted((p for p in journal_paths(folder) if p.exists()), key=os.path.getmtime):
@@ -106,8 +147,10 @@ def read_survey_journal(folder)->dict: # name -> row
             try:
                 r = json.loads(line)
                 rows[r['name']] = r
-            except (ValueError,TypeError,KeyError): pass
+            except (ValueError, TypeError, KeyError):
+                pass
     return rows
+
 
 def open_journal(folder):
     "The journal, ready to append; where nothing can be written, a bottomless pit and a warning"
@@ -115,83 +158,146 @@ def open_journal(folder):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             f = open(path, 'ab+')
-        except OSError: continue
-        f.seek(max(0, f.tell()-1))
-        if f.read(1) not in (b'',b'\n'): f.write(b'\n')
+        except OSError:
+            continue
+        f.seek(max(0, f.tell() - 1))
+        if f.read(1) not in (b'', b'\n'):
+            f.write(b'\n')
         return f
-    warnings.warn(f'no journal can be written in {[str(p.parent) for p in journal_paths(folder)]}: an interrupted run will start over')
+    warnings.warn(
+        f'no journal can be written in {[str(p.parent) for p in journal_paths(folder)]}: an interrupted run will start over'
+    )
     return open(os.devnull, 'ab')
 
 # %% ../../nbs/data/11_cache.ipynb #605e8654
 def is_current(
-    folder, i, # `SegDataset`, which
-    row:dict,  # of the journal
-)->bool:
+    folder,
+    i,  # `SegDataset`, which
+    row: dict,  # of the journal
+) -> bool:
     "Does a row still describe the files?"
     try:
-        if row['sig']!=_sig(folder.path(i)) or any(k in ('unreadable','differs') for k,*_ in row['faults']): return False
-        if not folder.labels: return True
-        now = [_rel(folder, folder.label_path(i)),_sig(folder.label_path(i))]
-        return now==row['conv'] or now==[row['label'],row['lsig']] and row['mark']==_mark(folder, i)
-    except (OSError,KeyError,TypeError): return False
+        if row['sig'] != _sig(folder.path(i)) or any(
+            k in ('unreadable', 'differs') for k, *_ in row['faults']
+        ):
+            return False
+        if not folder.labels:
+            return True
+        now = [_rel(folder, folder.label_path(i)), _sig(folder.label_path(i))]
+        return (
+            now == row['conv']
+            or now == [row['label'], row['lsig']]
+            and row['mark'] == _mark(folder, i)
+        )
+    except (OSError, KeyError, TypeError):
+        return False
+
 
 def pending_indices(
     folder,
-    rows:dict, # from `read_survey_journal`
-    full=True, convert=False, size=None, quality=None, # see `process_pair`
-)->list: # indices
+    rows: dict,  # from `read_survey_journal`
+    full=True,
+    convert=False,
+    size=None,
+    quality=None,  # see `process_pair`
+) -> list:  # indices
     "Images whose row does not stand, or lacks something that is asked for"
     where = size and cache_dir(folder, size, quality)
-    have = set(find_files(where, ('.png','.jpg'))) if where and where.is_dir() else ()
+    have = set(find_files(where, ('.png', '.jpg'))) if where and where.is_dir() else ()
+
     def done(i, r):
-        if not r or not is_current(folder, i, r) or full and not r['full']: return False
+        if not r or not is_current(folder, i, r) or full and not r['full']:
+            return False
         if convert and folder.labels and r['px'] is not None and not r['odd']:
-            if not (r['conv'] and (p := folder.root/r['conv'][0]).exists() and _sig(p)==r['conv'][1]): return False
-        if not size or r['faults']: return True
-        end = f'{r["name"]}.img.{"jpg" if quality else "png"}',f'{r["name"]}.lbl.png'
-        return _tag(size, quality) in r['copies'] and end[0] in have and (end[1] in have or not folder.labels)
-    return [i for i,n in enumerate(folder.names) if not done(i, rows.get(n))]
+            if not (
+                r['conv'] and (p := folder.root / r['conv'][0]).exists() and _sig(p) == r['conv'][1]
+            ):
+                return False
+        if not size or r['faults']:
+            return True
+        end = f'{r["name"]}.img.{"jpg" if quality else "png"}', f'{r["name"]}.lbl.png'
+        return (
+            _tag(size, quality) in r['copies']
+            and end[0] in have
+            and (end[1] in have or not folder.labels)
+        )
+
+    return [i for i, n in enumerate(folder.names) if not done(i, rows.get(n))]
 
 # %% ../../nbs/data/11_cache.ipynb #9f9408fd
 class CachedSegDataset(SegDataset):
     "A `SegDataset` that reads resized copies; made by `use_cache`"
+
     def __init__(self, native, size, quality, own):
-        self.__dict__ |= native.__dict__ | dict(box=tuple(size), quality=quality, own=own, where=cache_dir(native, size, quality),
-                                            was=native.labels and native.tables)
+        self.__dict__ |= native.__dict__ | dict(
+            box=tuple(size),
+            quality=quality,
+            own=own,
+            where=cache_dir(native, size, quality),
+            was=native.labels and native.tables,
+        )
+
     @property
     def native(self):
         "The same images at their own size"
         f = object.__new__(SegDataset)
         f.__dict__ |= self.__dict__
         return f
+
     def _read(self, i, k, read):
-        p = self.where/f'{self.names[i]}.{("img.jpg" if self.quality else "img.png", "lbl.png")[k]}'
-        try: return read(p)
-        except (ValueError,OSError) as e:
-            raise ValueError(f'{p}: this copy is damaged or gone ({e}). Remove {self.where} and prepare the dataset again') from e
-    def size(self, i): return self.native.size(i) if self.names[i] in self.own else self._read(i, 0, read_image_size)
-    def image(self, i): return self.native.image(i) if self.names[i] in self.own else self._read(i, 0, read_image)
+        p = (
+            self.where
+            / f'{self.names[i]}.{("img.jpg" if self.quality else "img.png", "lbl.png")[k]}'
+        )
+        try:
+            return read(p)
+        except (ValueError, OSError) as e:
+            raise ValueError(
+                f'{p}: this copy is damaged or gone ({e}). Remove {self.where} and prepare the dataset again'
+            ) from e
+
+    def size(self, i):
+        return (
+            self.native.size(i) if self.names[i] in self.own else self._read(i, 0, read_image_size)
+        )
+
+    def image(self, i):
+        return self.native.image(i) if self.names[i] in self.own else self._read(i, 0, read_image)
+
     def label(self, i, hw=None):
-        if self.labels is None or self.names[i] in self.own or self.tables is not self.was: return self.native.label(i)
-        return remap(self._read(i, 1, read_last_channel), self.space.lookup_table(self.merge), self.label_path(i))
+        if self.labels is None or self.names[i] in self.own or self.tables is not self.was:
+            return self.native.label(i)
+        return remap(
+            self._read(i, 1, read_last_channel),
+            self.space.lookup_table(self.merge),
+            self.label_path(i),
+        )
+
     @property
     def margins(self):
-        if not (m := self.native.margins): return m
-        ok = shrink_to_fit(margin_mask(self.native.size(0), m), self.box, True)==0
-        (y,x),(h,w) = (np.flatnonzero(ok.any(1)),np.flatnonzero(ok.any(0))),ok.shape
-        return int(y[0]),int(h-1-y[-1]),int(x[0]),int(w-1-x[-1])
+        if not (m := self.native.margins):
+            return m
+        ok = shrink_to_fit(margin_mask(self.native.size(0), m), self.box, True) == 0
+        (y, x), (h, w) = (np.flatnonzero(ok.any(1)), np.flatnonzero(ok.any(0))), ok.shape
+        return int(y[0]), int(h - 1 - y[-1]), int(x[0]), int(w - 1 - x[-1])
 
 # %% ../../nbs/data/11_cache.ipynb #a2e78dc5
 def use_cache(
-    folder:SegDataset, # as opened for a run
-    size,             # (H,W) box that its images will be fitted into
-    quality=None,     # of JPEG copies
-)->SegDataset: # a `CachedSegDataset`, or `folder` itself with a warning
+    folder: SegDataset,  # as opened for a run
+    size,  # (H,W) box that its images will be fitted into
+    quality=None,  # of JPEG copies
+) -> SegDataset:  # a `CachedSegDataset`, or `folder` itself with a warning
     "Read from the resized copy, if it is complete and not older than the originals"
     rows = read_survey_journal(folder)
     lost = pending_indices(folder, rows, False, False, size, quality)
-    if not lost: return CachedSegDataset(folder, size, quality, {n for n in folder.names if rows[n]['faults']})
-    warnings.warn(f"{len(lost)} of {len(folder)} images of '{folder.spec.name}' have no up-to-date copy in {cache_dir(folder, size, quality)}: the originals "
-                  "are read, which is slower. To make it: papermill nbs/prepare_data.ipynb outputs/prepare.ipynb "
-                  f"-p dataset {folder.spec.name} -p cache {size[0]}x{size[1]}"+(f' -p quality {quality}' if quality else ''))
+    if not lost:
+        return CachedSegDataset(
+            folder, size, quality, {n for n in folder.names if rows[n]['faults']}
+        )
+    warnings.warn(
+        f"{len(lost)} of {len(folder)} images of '{folder.spec.name}' have no up-to-date copy in {cache_dir(folder, size, quality)}: the originals "
+        "are read, which is slower. To make it: papermill nbs/prepare_data.ipynb outputs/prepare.ipynb "
+        f"-p dataset {folder.spec.name} -p cache {size[0]}x{size[1]}"
+        + (f' -p quality {quality}' if quality else '')
+    )
     return folder

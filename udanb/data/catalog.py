@@ -10,6 +10,7 @@ __all__ = ['GTA', 'SYNTHIA', 'SYNSCAPES', 'CITYSCAPES', 'ACDC', 'DARK_ZURICH', '
 # %% ../../nbs/data/03_catalog.ipynb #ceddd732
 from dataclasses import replace
 from functools import partial
+
 from ..core.image_io import CITYSCAPES_NAMES, read_last_channel, read_polygon_label
 from udanb.core.labels import (
     CAMVID11,
@@ -25,108 +26,386 @@ from udanb.core.labels import (
 from .datasets import LabelFiles, SegSpec
 
 # %% ../../nbs/data/03_catalog.ipynb #252051d4
-_SAME = {i:i for i in range(19)}   # files that hold train ids already
+_SAME = {i: i for i in range(19)}  # files that hold train ids already
 _CITY = (CITYSCAPES_IDS, CITYSCAPES_VOID)
 
-GTA = SegSpec('gta', 'gta', 'images', ('.png',),
+GTA = SegSpec(
+    'gta',
+    'gta',
+    'images',
+    ('.png',),
     (LabelFiles('labels', '.png', *_CITY), LabelFiles('labels', '_labelTrainIds.png', _SAME)),
-    exclude=tuple(f'{i:05d}' for i in (15188, 17705, *range(20801,20861))), native_size=(1052,1914), image_size=(720,1280),
+    exclude=tuple(f'{i:05d}' for i in (15188, 17705, *range(20801, 20861))),
+    native_size=(1052, 1914),
+    image_size=(720, 1280),
     download_hint='https://download.visinf.tu-darmstadt.de/data/from_games: unpack the ten image and the ten label archives into it',
-    example=dict(train=(('images/00001.png','labels/00001.png'),)))
+    example=dict(train=(('images/00001.png', 'labels/00001.png'),)),
+)
 
-SYNTHIA = SegSpec('synthia', 'synthia', 'RGB', ('.png',),
-    (LabelFiles('GT/LABELS', '.png', SYNTHIA_IDS, SYNTHIA_VOID, read_last_channel), LabelFiles('GT/LABELS', '_labelTrainIds.png', _SAME)),
-    space=SYNTHIA16, native_size=(760,1280), image_size=(760,1280),
+SYNTHIA = SegSpec(
+    'synthia',
+    'synthia',
+    'RGB',
+    ('.png',),
+    (
+        LabelFiles('GT/LABELS', '.png', SYNTHIA_IDS, SYNTHIA_VOID, read_last_channel),
+        LabelFiles('GT/LABELS', '_labelTrainIds.png', _SAME),
+    ),
+    space=SYNTHIA16,
+    native_size=(760, 1280),
+    image_size=(760, 1280),
     download_hint='https://synthia-dataset.net (SYNTHIA-RAND-CITYSCAPES): unpack so that RGB/ and GT/LABELS/ lie in it',
-    example=dict(train=(('RGB/0000000.png','GT/LABELS/0000000.png'),)))
+    example=dict(train=(('RGB/0000000.png', 'GT/LABELS/0000000.png'),)),
+)
 
-SYNSCAPES = SegSpec('synscapes', 'synscapes', 'img/rgb', ('.png',),
-    (LabelFiles('img/class', '.png', *_CITY), LabelFiles('img/class', '_gt_labelTrainIds.png', _SAME)),
-    native_size=(720,1440), image_size=(720,1280), download_hint='https://synscapes.on.liu.se: unpack so that img/rgb/ and img/class/ lie in it',
-    example=dict(train=(('img/rgb/1.png','img/class/1.png'),)))
+SYNSCAPES = SegSpec(
+    'synscapes',
+    'synscapes',
+    'img/rgb',
+    ('.png',),
+    (
+        LabelFiles('img/class', '.png', *_CITY),
+        LabelFiles('img/class', '_gt_labelTrainIds.png', _SAME),
+    ),
+    native_size=(720, 1440),
+    image_size=(720, 1280),
+    download_hint='https://synscapes.on.liu.se: unpack so that img/rgb/ and img/class/ lie in it',
+    example=dict(train=(('img/rgb/1.png', 'img/class/1.png'),)),
+)
 
 # %% ../../nbs/data/03_catalog.ipynb #3a6de599
-CITYSCAPES = SegSpec('cityscapes', 'cityscapes', 'leftImg8bit/{split}', ('_leftImg8bit.png',),
-    (LabelFiles('gtFine/{split}', '_gtFine_labelIds.png', *_CITY),
-     LabelFiles('gtFine/{split}', '_gtFine_labelTrainIds.png', _SAME),
-     LabelFiles('gtFine/{split}', '_gtFine_polygons.json', CITYSCAPES_IDS, CITYSCAPES_VOID[:-1], partial(read_polygon_label, numbers=CITYSCAPES_NAMES))),
-    dict(train='train', val='val', test='test'), native_size=(1024,2048), margins=(30,240,30,30), image_size=(512,1024),
+CITYSCAPES = SegSpec(
+    'cityscapes',
+    'cityscapes',
+    'leftImg8bit/{split}',
+    ('_leftImg8bit.png',),
+    (
+        LabelFiles('gtFine/{split}', '_gtFine_labelIds.png', *_CITY),
+        LabelFiles('gtFine/{split}', '_gtFine_labelTrainIds.png', _SAME),
+        LabelFiles(
+            'gtFine/{split}',
+            '_gtFine_polygons.json',
+            CITYSCAPES_IDS,
+            CITYSCAPES_VOID[:-1],
+            partial(read_polygon_label, numbers=CITYSCAPES_NAMES),
+        ),
+    ),
+    dict(train='train', val='val', test='test'),
+    native_size=(1024, 2048),
+    margins=(30, 240, 30, 30),
+    image_size=(512, 1024),
     download_hint='https://www.cityscapes-dataset.com (free account): unpack leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip into it',
-    example={s: ((f'leftImg8bit/{s}/{c}/{c}_000000_000019_leftImg8bit.png',f'gtFine/{s}/{c}/{c}_000000_000019_gtFine_labelIds.png'),)
-             for s,c in dict(train='aachen', val='munster', test='berlin').items()})
+    example={
+        s: (
+            (
+                f'leftImg8bit/{s}/{c}/{c}_000000_000019_leftImg8bit.png',
+                f'gtFine/{s}/{c}/{c}_000000_000019_gtFine_labelIds.png',
+            ),
+        )
+        for s, c in dict(train='aachen', val='munster', test='berlin').items()
+    },
+)
 
-_GT = (LabelFiles('gt', '_gt_labelIds.png', *_CITY), LabelFiles('gt', '_gt_labelTrainIds.png', _SAME))
+_GT = (
+    LabelFiles('gt', '_gt_labelIds.png', *_CITY),
+    LabelFiles('gt', '_gt_labelTrainIds.png', _SAME),
+)
 _NIGHT = tuple(replace(k, folder='gt/{split}') for k in _GT)
 
-ACDC = SegSpec('acdc', 'acdc', 'rgb_anon', ('_rgb_anon.png',), _GT, dict(train='train', val='val', test='test'), native_size=(1080,1920), image_size=(540,960),
+ACDC = SegSpec(
+    'acdc',
+    'acdc',
+    'rgb_anon',
+    ('_rgb_anon.png',),
+    _GT,
+    dict(train='train', val='val', test='test'),
+    native_size=(1080, 1920),
+    image_size=(540, 960),
     download_hint='https://acdc.vision.ee.ethz.ch: unpack rgb_anon_trainvaltest.zip and gt_trainval.zip so that rgb_anon/ and gt/ lie in it',
-    example={s: tuple((f'rgb_anon/{w}/{s}/GOPR0475/GOPR0475_frame_000041_rgb_anon.png',
-                       None if s=='test' else f'gt/{w}/{s}/GOPR0475/GOPR0475_frame_000041_gt_labelIds.png')
-                      for w in ('fog','night','rain','snow')) for s in ('train','val','test')})
+    example={
+        s: tuple(
+            (
+                f'rgb_anon/{w}/{s}/GOPR0475/GOPR0475_frame_000041_rgb_anon.png',
+                None
+                if s == 'test'
+                else f'gt/{w}/{s}/GOPR0475/GOPR0475_frame_000041_gt_labelIds.png',
+            )
+            for w in ('fog', 'night', 'rain', 'snow')
+        )
+        for s in ('train', 'val', 'test')
+    },
+)
 
-DARK_ZURICH = SegSpec('dark_zurich', 'dark_zurich', 'rgb_anon/{split}', ('_rgb_anon.png',), _NIGHT, dict(train='train/night', val='val'),
-    native_size=(1080,1920), image_size=(540,960), download_hint='https://www.trace.ethz.ch/publications/2019/GCMA_UIoU: unpack so that rgb_anon/ and gt/ lie in it',
-    example=dict(train=(('rgb_anon/train/night/GOPR0351/GOPR0351_frame_000001_rgb_anon.png',None),),
-                 val=(('rgb_anon/val/night/GOPR0356/GOPR0356_frame_000321_rgb_anon.png','gt/val/night/GOPR0356/GOPR0356_frame_000321_gt_labelTrainIds.png'),)))
+DARK_ZURICH = SegSpec(
+    'dark_zurich',
+    'dark_zurich',
+    'rgb_anon/{split}',
+    ('_rgb_anon.png',),
+    _NIGHT,
+    dict(train='train/night', val='val'),
+    native_size=(1080, 1920),
+    image_size=(540, 960),
+    download_hint='https://www.trace.ethz.ch/publications/2019/GCMA_UIoU: unpack so that rgb_anon/ and gt/ lie in it',
+    example=dict(
+        train=(('rgb_anon/train/night/GOPR0351/GOPR0351_frame_000001_rgb_anon.png', None),),
+        val=(
+            (
+                'rgb_anon/val/night/GOPR0356/GOPR0356_frame_000321_rgb_anon.png',
+                'gt/val/night/GOPR0356/GOPR0356_frame_000321_gt_labelTrainIds.png',
+            ),
+        ),
+    ),
+)
 
-BDD100K = SegSpec('bdd100k', 'bdd100k', 'images/10k/{split}', ('.jpg',), (LabelFiles('labels/sem_seg/masks/{split}', '.png', _SAME),),
-    dict(train='train', val='val'), native_size=(720,1280), image_size=(720,1280),
+BDD100K = SegSpec(
+    'bdd100k',
+    'bdd100k',
+    'images/10k/{split}',
+    ('.jpg',),
+    (LabelFiles('labels/sem_seg/masks/{split}', '.png', _SAME),),
+    dict(train='train', val='val'),
+    native_size=(720, 1280),
+    image_size=(720, 1280),
     download_hint='https://www.vis.xyz/bdd100k: unpack "10K images" and "segmentation" so that images/10k/ and labels/sem_seg/ lie in it',
-    example={s: ((f'images/10k/{s}/{n}.jpg',f'labels/sem_seg/masks/{s}/{n}.png'),) for s,n in dict(train='0004a4c0-d4dff0ad', val='7d2f7975-e0c1c5a7').items()})
+    example={
+        s: ((f'images/10k/{s}/{n}.jpg', f'labels/sem_seg/masks/{s}/{n}.png'),)
+        for s, n in dict(train='0004a4c0-d4dff0ad', val='7d2f7975-e0c1c5a7').items()
+    },
+)
 
 # %% ../../nbs/data/03_catalog.ipynb #4b8baa58
-MAPILLARY_NAMES = ('Bird','Ground Animal','Curb','Fence','Guard Rail','Barrier','Wall','Bike Lane','Crosswalk - Plain','Curb Cut','Parking',
-    'Pedestrian Area','Rail Track','Road','Service Lane','Sidewalk','Bridge','Building','Tunnel','Person','Bicyclist','Motorcyclist','Other Rider',
-    'Lane Marking - Crosswalk','Lane Marking - General','Mountain','Sand','Sky','Snow','Terrain','Vegetation','Water','Banner','Bench','Bike Rack',
-    'Billboard','Catch Basin','CCTV Camera','Fire Hydrant','Junction Box','Mailbox','Manhole','Phone Booth','Pothole','Street Light','Pole',
-    'Traffic Sign Frame','Utility Pole','Traffic Light','Traffic Sign (Back)','Traffic Sign (Front)','Trash Can','Bicycle','Boat','Bus','Car','Caravan',
-    'Motorcycle','On Rails','Other Vehicle','Trailer','Truck','Wheeled Slow','Car Mount','Ego Vehicle','Unlabeled')
-_RULES = (('traffic sign',('trafficsign','front','back')), ('train',('onrail',)), ('rider',('cyclist','rider')), ('pole',('pole','streetlight')),
-          ('sidewalk',('curb','pedestrianarea')), ('road',('crosswalkplain','parking','bikelane','servicelane','lanemarking')))
+MAPILLARY_NAMES = (
+    'Bird',
+    'Ground Animal',
+    'Curb',
+    'Fence',
+    'Guard Rail',
+    'Barrier',
+    'Wall',
+    'Bike Lane',
+    'Crosswalk - Plain',
+    'Curb Cut',
+    'Parking',
+    'Pedestrian Area',
+    'Rail Track',
+    'Road',
+    'Service Lane',
+    'Sidewalk',
+    'Bridge',
+    'Building',
+    'Tunnel',
+    'Person',
+    'Bicyclist',
+    'Motorcyclist',
+    'Other Rider',
+    'Lane Marking - Crosswalk',
+    'Lane Marking - General',
+    'Mountain',
+    'Sand',
+    'Sky',
+    'Snow',
+    'Terrain',
+    'Vegetation',
+    'Water',
+    'Banner',
+    'Bench',
+    'Bike Rack',
+    'Billboard',
+    'Catch Basin',
+    'CCTV Camera',
+    'Fire Hydrant',
+    'Junction Box',
+    'Mailbox',
+    'Manhole',
+    'Phone Booth',
+    'Pothole',
+    'Street Light',
+    'Pole',
+    'Traffic Sign Frame',
+    'Utility Pole',
+    'Traffic Light',
+    'Traffic Sign (Back)',
+    'Traffic Sign (Front)',
+    'Trash Can',
+    'Bicycle',
+    'Boat',
+    'Bus',
+    'Car',
+    'Caravan',
+    'Motorcycle',
+    'On Rails',
+    'Other Vehicle',
+    'Trailer',
+    'Truck',
+    'Wheeled Slow',
+    'Car Mount',
+    'Ego Vehicle',
+    'Unlabeled',
+)
+_RULES = (
+    ('traffic sign', ('trafficsign', 'front', 'back')),
+    ('train', ('onrail',)),
+    ('rider', ('cyclist', 'rider')),
+    ('pole', ('pole', 'streetlight')),
+    ('sidewalk', ('curb', 'pedestrianarea')),
+    ('road', ('crosswalkplain', 'parking', 'bikelane', 'servicelane', 'lanemarking')),
+)
+
 
 def mapillary_class(
-    name:str, # a readable name of `config_v1.2.json`
-)->str|None: # one of the 19 classes; None = void
+    name: str,  # a readable name of `config_v1.2.json`
+) -> str | None:  # one of the 19 classes; None = void
     "DDB's rule from a Mapillary name to a Cityscapes class"
-    key = name.lower().replace(' ','').replace('-','')
-    if (same := {c.replace(' ',''):c for c in CITYSCAPES19.classes}.get(key)): return same
-    return next((c for c,parts in _RULES if any(p in key for p in parts)), None)
+    key = name.lower().replace(' ', '').replace('-', '')
+    if same := {c.replace(' ', ''): c for c in CITYSCAPES19.classes}.get(key):
+        return same
+    return next((c for c, parts in _RULES if any(p in key for p in parts)), None)
 
 # %% ../../nbs/data/03_catalog.ipynb #a1bfe183
-_MAP = ({i: CITYSCAPES19.index(c) for i,n in enumerate(MAPILLARY_NAMES) if (c := mapillary_class(n))},
-        tuple(i for i,n in enumerate(MAPILLARY_NAMES) if not mapillary_class(n)))
+_MAP = (
+    {i: CITYSCAPES19.index(c) for i, n in enumerate(MAPILLARY_NAMES) if (c := mapillary_class(n))},
+    tuple(i for i, n in enumerate(MAPILLARY_NAMES) if not mapillary_class(n)),
+)
 
-MAPILLARY = SegSpec('mapillary', 'mapillary', '{split}/images', ('.jpg',),
-    (LabelFiles('{split}/v1.2/labels', '.png', *_MAP), LabelFiles('{split}/labels', '_labelTrainIds.png', _SAME), LabelFiles('{split}/labels', '.png', *_MAP)),
-    dict(train='training', val='validation'), split_scale=dict(val=.5), image_size=(512,1024),
+MAPILLARY = SegSpec(
+    'mapillary',
+    'mapillary',
+    '{split}/images',
+    ('.jpg',),
+    (
+        LabelFiles('{split}/v1.2/labels', '.png', *_MAP),
+        LabelFiles('{split}/labels', '_labelTrainIds.png', _SAME),
+        LabelFiles('{split}/labels', '.png', *_MAP),
+    ),
+    dict(train='training', val='validation'),
+    split_scale=dict(val=0.5),
+    image_size=(512, 1024),
     download_hint='https://www.mapillary.com/dataset/vistas (free account): unpack so that training/ and validation/ lie in it',
-    example={s: ((f'{p}/images/{n}.jpg',f'{p}/v1.2/labels/{n}.png'),) for s,p,n in
-             (('train','training','__CRyFzoDOXn6unQ6a3DnQ'), ('val','validation','_1Gn_xkw7sa_i9GU4mkxxQ'))})
+    example={
+        s: ((f'{p}/images/{n}.jpg', f'{p}/v1.2/labels/{n}.png'),)
+        for s, p, n in (
+            ('train', 'training', '__CRyFzoDOXn6unQ6a3DnQ'),
+            ('val', 'validation', '_1Gn_xkw7sa_i9GU4mkxxQ'),
+        )
+    },
+)
 
 # %% ../../nbs/data/03_catalog.ipynb #e0a2c3bb
-_ZERO = {i:i for i in range(5)}
-_ALL = dict(train=('train','val','test'), val='val', test='test')
-ZEROWASTE_V1 = SegSpec('zerowaste_v1', 'zerowaste-f', '{split}/data', ('.PNG',), (LabelFiles('{split}/sem_seg', '.PNG', _ZERO),), _ALL,
-    ZEROWASTE5, native_size=(1080,1920), image_size=(720,1280), download_hint='http://ai.bu.edu/zerowaste (zerowaste-f): unpack it beside the others',
-    example=dict(train=tuple((f'{s}/data/{n}.PNG',f'{s}/sem_seg/{n}.PNG') for s,n in
-        (('train','01_frame_000000'),('val','05_frame_000030'),('test','08_frame_000120'))),
-        val=(('val/data/05_frame_000030.PNG','val/sem_seg/05_frame_000030.PNG'),)))
-ZEROWASTE_V1_MERGED = replace(ZEROWASTE_V1, name='zerowaste_v1_merged', folder='zerowastev1', images='data', labels=(LabelFiles('sem_seg', '.PNG', _ZERO),),
-    splits=dict(train=''), example=dict(train=(('data/01_frame_000000.PNG','sem_seg/01_frame_000000.PNG'),)))
-ZEROWASTE_V2 = replace(ZEROWASTE_V1, name='zerowaste_v2', folder='zerowaste-v2-splits', suffixes=('.png',),
-    labels=(LabelFiles('{split}/sem_seg', '.png', _ZERO),), download_hint='https://ai.bu.edu/visda-2022 (zerowaste-v2-splits): unpack it beside the others',
-    example=dict(train=tuple((f'{s}/data/{n}.png',None) for s,n in (('train','000001'),('val','000501'),('test','000901'))),
-                 val=(('val/data/000501.png','val/sem_seg/000501.png'),), test=(('test/data/000901.png',None),)))
+_ZERO = {i: i for i in range(5)}
+_ALL = dict(train=('train', 'val', 'test'), val='val', test='test')
+ZEROWASTE_V1 = SegSpec(
+    'zerowaste_v1',
+    'zerowaste-f',
+    '{split}/data',
+    ('.PNG',),
+    (LabelFiles('{split}/sem_seg', '.PNG', _ZERO),),
+    _ALL,
+    ZEROWASTE5,
+    native_size=(1080, 1920),
+    image_size=(720, 1280),
+    download_hint='http://ai.bu.edu/zerowaste (zerowaste-f): unpack it beside the others',
+    example=dict(
+        train=tuple(
+            (f'{s}/data/{n}.PNG', f'{s}/sem_seg/{n}.PNG')
+            for s, n in (
+                ('train', '01_frame_000000'),
+                ('val', '05_frame_000030'),
+                ('test', '08_frame_000120'),
+            )
+        ),
+        val=(('val/data/05_frame_000030.PNG', 'val/sem_seg/05_frame_000030.PNG'),),
+    ),
+)
+ZEROWASTE_V1_MERGED = replace(
+    ZEROWASTE_V1,
+    name='zerowaste_v1_merged',
+    folder='zerowastev1',
+    images='data',
+    labels=(LabelFiles('sem_seg', '.PNG', _ZERO),),
+    splits=dict(train=''),
+    example=dict(train=(('data/01_frame_000000.PNG', 'sem_seg/01_frame_000000.PNG'),)),
+)
+ZEROWASTE_V2 = replace(
+    ZEROWASTE_V1,
+    name='zerowaste_v2',
+    folder='zerowaste-v2-splits',
+    suffixes=('.png',),
+    labels=(LabelFiles('{split}/sem_seg', '.png', _ZERO),),
+    download_hint='https://ai.bu.edu/visda-2022 (zerowaste-v2-splits): unpack it beside the others',
+    example=dict(
+        train=tuple(
+            (f'{s}/data/{n}.png', None)
+            for s, n in (('train', '000001'), ('val', '000501'), ('test', '000901'))
+        ),
+        val=(('val/data/000501.png', 'val/sem_seg/000501.png'),),
+        test=(('test/data/000901.png', None),),
+    ),
+)
 
 # %% ../../nbs/data/03_catalog.ipynb #bc8108b0
 _AS_IS = dict(native_size=None, margins=None, image_size=None)
-TOWN = replace(GTA, name='town', folder='town', suffixes=('.jpg',), exclude=(), **_AS_IS, example=dict(train=(('images/00001.jpg','labels/00001.png'),)),
-    download_hint="it comes with the project's shared data: use data_root=../shared/data")
-CAMVID = replace(CITYSCAPES, name='camvid', folder='camvid', suffixes=('_leftImg8bit.jpg',), space=CAMVID11, merge=CAMVID_MERGE, **_AS_IS,
-    splits=dict(train='train', val='val'), download_hint=TOWN.download_hint,
-    example={s: ((f'leftImg8bit/{s}/{c}/{c}_{i}_leftImg8bit.jpg',f'gtFine/{s}/{c}/{c}_{i}_gtFine_labelTrainIds.png'),) for s,c,i in
-             (('train','0001TP','006690'),('val','0016E5','07959'))})
-DEMO_SOURCE = replace(GTA, name='demo_source', folder='demo/gta', exclude=(), **_AS_IS, download_hint='`make demo` draws it in seconds')
-DEMO_TARGET = replace(CITYSCAPES, name='demo_target', folder='demo/cityscapes', **_AS_IS, download_hint=DEMO_SOURCE.download_hint)
-DATASETS = {s.name:s for s in (GTA, SYNTHIA, SYNSCAPES, CITYSCAPES, MAPILLARY, ACDC, DARK_ZURICH, BDD100K,
-                               ZEROWASTE_V1, ZEROWASTE_V1_MERGED, ZEROWASTE_V2, TOWN, CAMVID, DEMO_SOURCE, DEMO_TARGET)}
+TOWN = replace(
+    GTA,
+    name='town',
+    folder='town',
+    suffixes=('.jpg',),
+    exclude=(),
+    **_AS_IS,
+    example=dict(train=(('images/00001.jpg', 'labels/00001.png'),)),
+    download_hint="it comes with the project's shared data: use data_root=../shared/data",
+)
+CAMVID = replace(
+    CITYSCAPES,
+    name='camvid',
+    folder='camvid',
+    suffixes=('_leftImg8bit.jpg',),
+    space=CAMVID11,
+    merge=CAMVID_MERGE,
+    **_AS_IS,
+    splits=dict(train='train', val='val'),
+    download_hint=TOWN.download_hint,
+    example={
+        s: (
+            (
+                f'leftImg8bit/{s}/{c}/{c}_{i}_leftImg8bit.jpg',
+                f'gtFine/{s}/{c}/{c}_{i}_gtFine_labelTrainIds.png',
+            ),
+        )
+        for s, c, i in (('train', '0001TP', '006690'), ('val', '0016E5', '07959'))
+    },
+)
+DEMO_SOURCE = replace(
+    GTA,
+    name='demo_source',
+    folder='demo/gta',
+    exclude=(),
+    **_AS_IS,
+    download_hint='`make demo` draws it in seconds',
+)
+DEMO_TARGET = replace(
+    CITYSCAPES,
+    name='demo_target',
+    folder='demo/cityscapes',
+    **_AS_IS,
+    download_hint=DEMO_SOURCE.download_hint,
+)
+DATASETS = {
+    s.name: s
+    for s in (
+        GTA,
+        SYNTHIA,
+        SYNSCAPES,
+        CITYSCAPES,
+        MAPILLARY,
+        ACDC,
+        DARK_ZURICH,
+        BDD100K,
+        ZEROWASTE_V1,
+        ZEROWASTE_V1_MERGED,
+        ZEROWASTE_V2,
+        TOWN,
+        CAMVID,
+        DEMO_SOURCE,
+        DEMO_TARGET,
+    )
+}

@@ -19,8 +19,10 @@ from concurrent.futures import ProcessPoolExecutor
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
+
 import cv2
 import numpy as np
+
 from ..core.image_io import READ_ERRORS
 from ..core.labels import bincount_ids, train_id_map
 from ..core.storage import atomic_write, read_json
@@ -31,19 +33,24 @@ from ..core.utils import progress_bar, resolve
 def with_native_labels(folder):
     "A `SegDataset` whose labels come as train ids at the size of their files, before the merge into its space"
     raw = copy(folder)
-    raw.tables,raw.spec = [k.table() for k in folder.spec.labels],replace(folder.spec, split_scale={})
+    raw.tables, raw.spec = (
+        [k.table() for k in folder.spec.labels],
+        replace(folder.spec, split_scale={}),
+    )
     return raw
 
+
 def count_label(
-    folder, # `SegDataset` with labels
-    i:int,  # which
-)->dict: # class -> pixels; classes that do not occur are left out, and so is `IGNORE`
+    folder,  # `SegDataset` with labels
+    i: int,  # which
+) -> dict:  # class -> pixels; classes that do not occur are left out, and so is `IGNORE`
     "Pixels of each class in one label"
     n = bincount_ids(folder.label(i))
-    return {int(c):int(n[c]) for c in np.flatnonzero(n) if c!=IGNORE}
+    return {int(c): int(n[c]) for c in np.flatnonzero(n) if c != IGNORE}
 
 # %% ../../nbs/data/05_class_stats.ipynb #aae7e068
 _job = {}
+
 
 def _start(folder, skip):
     "A worker process: one thread, or they fight for the cores; leaves Ctrl-C to its parent; ends when its parent is killed"
@@ -53,35 +60,51 @@ def _start(folder, skip):
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     _job.update(folder=folder, skip=skip)
 
+
 def _count_or_reason(folder, i, skip):
     "The counts, or why there are none"
-    try: return count_label(folder, i)
+    try:
+        return count_label(folder, i)
     except READ_ERRORS as e:
-        if not skip: raise
+        if not skip:
+            raise
         return str(e)
 
-def _count(i): return _count_or_reason(_job['folder'], i, _job['skip'])
+
+def _count(i):
+    return _count_or_reason(_job['folder'], i, _job['skip'])
 
 # %% ../../nbs/data/05_class_stats.ipynb #cfc0f060
 def count_labels(
-    folder,       # `SegDataset` with labels
-    idx,          # indices to count
-    workers=None, # processes; None = one per core, at most 32, and none below 256 labels
+    folder,  # `SegDataset` with labels
+    idx,  # indices to count
+    workers=None,  # processes; None = one per core, at most 32, and none below 256 labels
     quiet=False,  # no progress bar
     broken=None,  # a dict: broken labels go there, index -> reason; None = they raise
-): # generator of (index, {class: pixels})
+):  # generator of (index, {class: pixels})
     "Count many labels, in parallel"
-    idx,skip = list(idx),broken is not None
-    if workers is None: workers = min(32, os.cpu_count() or 1) if len(idx)>=256 else 0
+    idx, skip = list(idx), broken is not None
+    if workers is None:
+        workers = min(32, os.cpu_count() or 1) if len(idx) >= 256 else 0
+
     def good(counts):
-        for n,i in zip(progress_bar(counts, f'counting classes of {folder.spec.name}', len(idx), quiet=quiet or not idx), idx):
-            if isinstance(n, str): broken[i] = n
-            else: yield i,n
+        for n, i in zip(
+            progress_bar(
+                counts, f'counting classes of {folder.spec.name}', len(idx), quiet=quiet or not idx
+            ),
+            idx,
+        ):
+            if isinstance(n, str):
+                broken[i] = n
+            else:
+                yield i, n
+
     if not workers:
         yield from good(_count_or_reason(folder, i, skip) for i in idx)
         return
-    with ProcessPoolExecutor(workers, initializer=_start, initargs=(folder,skip)) as pool:
-        try: yield from good(pool.map(_count, idx, chunksize=max(1, min(32, len(idx)//workers))))
+    with ProcessPoolExecutor(workers, initializer=_start, initargs=(folder, skip)) as pool:
+        try:
+            yield from good(pool.map(_count, idx, chunksize=max(1, min(32, len(idx) // workers))))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -91,104 +114,164 @@ def _stem(path, suffixes):
     "Path parts without the label suffix"
     path = str(path).replace('\\', '/')
     s = max((s for s in suffixes if path.endswith(s)), key=len, default='')
-    return tuple(path[:len(path)-len(s)].split('/'))
+    return tuple(path[: len(path) - len(s)].split('/'))
+
 
 def _below(folder, i):
     "A label's path, relative to the dataset's folder if it lies in it; stored pseudo-labels do not"
     p = folder.label_path(i)
     return (p.relative_to(folder.root) if p.is_relative_to(folder.root) else p).as_posix()
 
-def label_keys(folder)->list: # for each image
+
+def label_keys(folder) -> list:  # for each image
     "What statistics know a label by: its path below the dataset's folder, without suffix, in parts"
     ends = [k.suffix for k in folder.spec.labels]
     return [_stem(_below(folder, i), ends) for i in range(len(folder))]
 
-def read_stats(
-    path,   # a `sample_class_stats.json`, of upstream or ours
-    keys,   # labels to look for, from `label_keys`
-    suffixes, # endings of label files
-)->tuple: # {key: {train id: pixels}}, entries of other files
-    "Statistics of the labels asked for; a broken file raises `ValueError`"
-    try: rows = [({int(c):int(n) for c,n in r.items() if c!='file'}, _stem(r['file'], suffixes), r) for r in read_json(path)]
-    except (ValueError, AttributeError, TypeError, KeyError) as e: raise ValueError(f'{path}: not class statistics ({e}); delete it to count again') from e
-    find,have,rest = _finder(keys),{},[]
-    for n,parts,r in rows:
-        if (k := find(parts)) is None: rest.append(r)
-        else: have[k] = n
-    return have,rest
 
-def _finder(keys): # path parts -> the key they end in, or None
-    lens,want = {len(k) for k in keys},set(keys)
+def read_stats(
+    path,  # a `sample_class_stats.json`, of upstream or ours
+    keys,  # labels to look for, from `label_keys`
+    suffixes,  # endings of label files
+) -> tuple:  # {key: {train id: pixels}}, entries of other files
+    "Statistics of the labels asked for; a broken file raises `ValueError`"
+    try:
+        rows = [
+            ({int(c): int(n) for c, n in r.items() if c != 'file'}, _stem(r['file'], suffixes), r)
+            for r in read_json(path)
+        ]
+    except (ValueError, AttributeError, TypeError, KeyError) as e:
+        raise ValueError(f'{path}: not class statistics ({e}); delete it to count again') from e
+    find = _finder(keys)
+    have = {}
+    rest = []
+    for n, parts, r in rows:
+        if (k := find(parts)) is None:
+            rest.append(r)
+        else:
+            have[k] = n
+    return have, rest
+
+
+def _finder(keys):  # path parts -> the key they end in, or None
+    lens, want = {len(k) for k in keys}, set(keys)
     return lambda parts: next((parts[-l:] for l in lens if parts[-l:] in want), None)
 
 # %% ../../nbs/data/05_class_stats.ipynb #851c639a
-def stats_paths(folder)->list:
+def stats_paths(folder) -> list:
     "Where statistics may be: beside the data, or in the project's cache"
     mark = hashlib.sha1(str(folder.root).encode()).hexdigest()[:8]
     own = folder.spec.stats
-    return [folder.root/own, resolve('outputs/.cache')/f'{own.removesuffix(".json")}-{folder.spec.name}-{mark}.json']
+    return [
+        folder.root / own,
+        resolve('outputs/.cache') / f'{own.removesuffix(".json")}-{folder.spec.name}-{mark}.json',
+    ]
+
 
 def _known(folder, keys, path):
     "Entries of a file that are not older than their label, and those of other labels"
-    if not path.exists(): return {},[]
-    have,rest = read_stats(path, keys, [k.suffix for k in folder.spec.labels])
-    age,paths = path.stat().st_mtime,{k:folder.label_path(i) for i,k in enumerate(keys)}
-    fresh = lambda p: not p.exists() or p.stat().st_mtime<=age
-    return {k:n for k,n in have.items() if fresh(paths[k])},[r for r in rest if fresh(folder.root/r['file'])]
+    if not path.exists():
+        return {}, []
+    have, rest = read_stats(path, keys, [k.suffix for k in folder.spec.labels])
+    age, paths = path.stat().st_mtime, {k: folder.label_path(i) for i, k in enumerate(keys)}
+
+    def fresh(p):
+        return not p.exists() or p.stat().st_mtime <= age
+
+    return {k: n for k, n in have.items() if fresh(paths[k])}, [
+        r for r in rest if fresh(folder.root / r['file'])
+    ]
+
 
 def write_stats(
-    folder, # `SegDataset` with labels
-    counts, # {index of an image: {train id: pixels}}, or a list with one for each image
-)->Path|None: # the file; None = it can be written nowhere, which is said in a warning
+    folder,  # `SegDataset` with labels
+    counts,  # {index of an image: {train id: pixels}}, or a list with one for each image
+) -> Path | None:  # the file; None = it can be written nowhere, which is said in a warning
     "Add counts to the statistics of a folder"
-    keys,counts = label_keys(folder),counts if isinstance(counts, dict) else dict(enumerate(counts))
+    keys, counts = (
+        label_keys(folder),
+        counts if isinstance(counts, dict) else dict(enumerate(counts)),
+    )
     for path in stats_paths(folder):
         try:
-            have,rest = _known(folder, keys, path)
-            have |= {keys[i]:n for i,n in counts.items()}
-            find,ends = _finder(keys),[k.suffix for k in folder.spec.labels]
-            named = {find(_stem(r['file'], ends)): r['file'] for r in (read_json(path) if path.exists() else ())}   # names stay as they were written
-            file = lambda i,k: named.get(k) or _below(folder, i)
-            mine = [{str(c):n for c,n in have[k].items()} | dict(file=file(i,k)) for i,k in enumerate(keys) if k in have]
-            return atomic_write(path, json.dumps(rest+mine))
-        except OSError: pass
-    warnings.warn(f'the class statistics of {folder.spec.name} could not be kept in {stats_paths(folder)}; they will be counted again next time')
+            have, rest = _known(folder, keys, path)
+            have |= {keys[i]: n for i, n in counts.items()}
+            find, ends = _finder(keys), [k.suffix for k in folder.spec.labels]
+            named = {
+                find(_stem(r['file'], ends)): r['file']
+                for r in (read_json(path) if path.exists() else ())
+            }  # names stay as they were written
+
+            def file(i, k):
+                return named.get(k) or _below(folder, i)
+
+            mine = [
+                {str(c): n for c, n in have[k].items()} | dict(file=file(i, k))
+                for i, k in enumerate(keys)
+                if k in have
+            ]
+            return atomic_write(path, json.dumps(rest + mine))
+        except OSError:
+            pass
+    warnings.warn(
+        f'the class statistics of {folder.spec.name} could not be kept in {stats_paths(folder)}; they will be counted again next time'
+    )
 
 # %% ../../nbs/data/05_class_stats.ipynb #1fb616e8
-SAVE_INTERVAL_S = 30   # seconds
+SAVE_INTERVAL_S = 30  # seconds
+
 
 def _native(folder, cache, workers, quiet, broken):
     "Counts in train ids by key: those that are kept, and the others, kept as they come"
-    keys,have,new,saved = label_keys(folder),{},{},time.monotonic()
-    for path in stats_paths(folder) if cache else []: have |= _known(folder, keys, path)[0]
+    keys = label_keys(folder)
+    have = {}
+    new = {}
+    saved = time.monotonic()
+    for path in stats_paths(folder) if cache else []:
+        have |= _known(folder, keys, path)[0]
     try:
-        for i,n in count_labels(with_native_labels(folder), [i for i,k in enumerate(keys) if k not in have], workers, quiet, broken):
+        for i, n in count_labels(
+            with_native_labels(folder),
+            [i for i, k in enumerate(keys) if k not in have],
+            workers,
+            quiet,
+            broken,
+        ):
             new[i] = n
-            if cache and time.monotonic()-saved>=SAVE_INTERVAL_S:
+            if cache and time.monotonic() - saved >= SAVE_INTERVAL_S:
                 write_stats(folder, new)
                 saved = time.monotonic()
     finally:
-        if cache and new: write_stats(folder, new)
-    have |= {keys[i]:n for i,n in new.items()}
+        if cache and new:
+            write_stats(folder, new)
+    have |= {keys[i]: n for i, n in new.items()}
     return [have.get(k, {}) for k in keys]
 
 # %% ../../nbs/data/05_class_stats.ipynb #14a89ee7
 def class_stats(
-    folder,       # `SegDataset` or `ConcatSegDataset` with labels
-    cache=True,   # False: count now, keep nothing
-    workers=None, # processes, see `count_labels`
+    folder,  # `SegDataset` or `ConcatSegDataset` with labels
+    cache=True,  # False: count now, keep nothing
+    workers=None,  # processes, see `count_labels`
     quiet=False,  # no progress bar
-    skip_broken=False, # True: broken labels get no counts, and `folder.skipped` says why
-)->list: # for each image (its name, {class of `folder.space`: pixels})
+    skip_broken=False,  # True: broken labels get no counts, and `folder.skipped` says why
+) -> list:  # for each image (its name, {class of `folder.space`: pixels})
     "Pixels of each class in each label of a folder"
     if hasattr(folder, 'folders'):
-        parts = [n for f in folder.folders for _,n in class_stats(f, cache, workers, quiet, skip_broken)]
+        parts = [
+            n for f in folder.folders for _, n in class_stats(f, cache, workers, quiet, skip_broken)
+        ]
         return list(zip(folder.names, parts, strict=True))
-    then,broken,out = train_id_map(folder.space, folder.merge),{} if skip_broken else None,[]
-    for name,counts in zip(folder.names, _native(folder, cache, workers, quiet, broken), strict=True):
+    then = train_id_map(folder.space, folder.merge)
+    broken = {} if skip_broken else None
+    out = []
+    for name, counts in zip(
+        folder.names, _native(folder, cache, workers, quiet, broken), strict=True
+    ):
         n = {}
-        for t,px in counts.items():
-            if (c := then[t])!=IGNORE: n[c] = n.get(c,0)+px
+        for t, px in counts.items():
+            if (c := then[t]) != IGNORE:
+                n[c] = n.get(c, 0) + px
         out.append((name, n))
-    if broken: folder.skipped = folder.skipped | {folder.names[i]:why for i,why in broken.items()}
+    if broken:
+        folder.skipped = folder.skipped | {folder.names[i]: why for i, why in broken.items()}
     return out

@@ -11,88 +11,120 @@ from fastcore.basics import patch
 
 # %% ../../nbs/data/01_concat.ipynb #d8ab956f
 def normalize_weights(
-    w,        # n numbers
-    n:int,    # how many there must be
-    what='weights', # whose they are, for the message
-)->np.ndarray: # (n,) probabilities
+    w,  # n numbers
+    n: int,  # how many there must be
+    what='weights',  # whose they are, for the message
+) -> np.ndarray:  # (n,) probabilities
     "Weights as probabilities; a wrong number of them, negative or only zero ones raise `ValueError`"
     w = np.asarray(w, float)
-    if w.shape!=(n,) or not np.isfinite(w).all() or (w<0).any() or not w.any():
+    if w.shape != (n,) or not np.isfinite(w).all() or (w < 0).any() or not w.any():
         show = np.array2string(w, threshold=8)
-        raise ValueError(f'{what}: {n} numbers are needed, none below 0 and not all of them 0, but there are {w.size}: {show}')
-    return w/w.sum()
+        raise ValueError(
+            f'{what}: {n} numbers are needed, none below 0 and not all of them 0, but there are {w.size}: {show}'
+        )
+    return w / w.sum()
 
 # %% ../../nbs/data/01_concat.ipynb #0af208cf
 class ConcatSegDataset:
     "Several `SegDataset`s of one label space as one"
-    def __init__(self,
-        folders,       # `SegDataset`s
+
+    def __init__(
+        self,
+        folders,  # `SegDataset`s
         weights=None,  # one number per folder: how often it is drawn; None = every image alike
     ):
-        self.folders,self.weights = list(folders),None
-        if not self.folders: raise ValueError('several datasets: the list is empty; give at least one folder')
+        self.folders, self.weights = list(folders), None
+        if not self.folders:
+            raise ValueError('several datasets: the list is empty; give at least one folder')
         self.space = self.folders[0].space
         for f in self.folders:
-            if f.space!=self.space: raise ValueError(f'{f} and {self.folders[0]} number their classes differently; open both with the same `space`')
+            if f.space != self.space:
+                raise ValueError(
+                    f'{f} and {self.folders[0]} number their classes differently; open both with the same `space`'
+                )
         sizes = [len(f) for f in self.folders]
         self.ends = np.cumsum(sizes)
-        if weights is not None: self.weights = normalize_weights(weights, len(sizes), f"weights of {' + '.join(f.spec.name for f in self.folders)}")
-        each = np.ones(len(sizes))/len(self) if weights is None else self.weights/sizes
-        self.share = np.repeat(each, sizes)      # (n,) probability of each image
+        if weights is not None:
+            self.weights = normalize_weights(
+                weights, len(sizes), f"weights of {' + '.join(f.spec.name for f in self.folders)}"
+            )
+        each = np.ones(len(sizes)) / len(self) if weights is None else self.weights / sizes
+        self.share = np.repeat(each, sizes)  # (n,) probability of each image
         self.names = [f'{f.spec.name}/{n}' for f in self.folders for n in f.names]
 
-    def __len__(self): return int(self.ends[-1])
-    def __repr__(self): return f"ConcatSegDataset({', '.join(map(repr, self.folders))})"
-    def locate(self, i)->tuple: # (which folder, which of its images)
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __repr__(self):
+        return f"ConcatSegDataset({', '.join(map(repr, self.folders))})"
+
+    def locate(self, i) -> tuple:  # (which folder, which of its images)
         "Where image `i` is"
-        if not 0<=i<len(self): raise IndexError(f'image {i} of {len(self)}')
+        if not 0 <= i < len(self):
+            raise IndexError(f'image {i} of {len(self)}')
         k = int(np.searchsorted(self.ends, i, side='right'))
-        return k,int(i)-int(self.ends[k])+len(self.folders[k])
+        return k, int(i) - int(self.ends[k]) + len(self.folders[k])
 
 # %% ../../nbs/data/01_concat.ipynb #c3f1cabe
 @patch
-def _at(self:ConcatSegDataset, i, what, *args):
-    k,j = self.locate(i)
+def _at(self: ConcatSegDataset, i, what, *args):
+    k, j = self.locate(i)
     return getattr(self.folders[k], what)(j, *args)
 
+
 @patch
-def image(self:ConcatSegDataset, i):
+def image(self: ConcatSegDataset, i):
     "Image `i`, (H,W,3) uint8 RGB"
     return self._at(i, 'image')
+
+
 @patch
-def label(self:ConcatSegDataset, i, hw=None):
+def label(self: ConcatSegDataset, i, hw=None):
     "Label of image `i`, as its folder reads it"
     return self._at(i, 'label', hw)
+
+
 @patch
-def path(self:ConcatSegDataset, i):
+def path(self: ConcatSegDataset, i):
     "Where image `i` is"
     return self._at(i, 'path')
+
+
 @patch
-def label_path(self:ConcatSegDataset, i):
+def label_path(self: ConcatSegDataset, i):
     "Where the label of image `i` is"
     return self._at(i, 'label_path')
+
+
 @patch
-def size(self:ConcatSegDataset, i):
+def size(self: ConcatSegDataset, i):
     "(H,W) of image `i`"
     return self._at(i, 'size')
 
-@patch(as_prop=True)
-def labels(self:ConcatSegDataset):
-    "The folders' label files; None if any folder was opened without"
-    return None if any(f.labels is None for f in self.folders) else [l for f in self.folders for l in f.labels]
 
 @patch(as_prop=True)
-def skipped(self:ConcatSegDataset)->dict:
+def labels(self: ConcatSegDataset):
+    "The folders' label files; None if any folder was opened without"
+    return (
+        None
+        if any(f.labels is None for f in self.folders)
+        else [l for f in self.folders for l in f.labels]
+    )
+
+
+@patch(as_prop=True)
+def skipped(self: ConcatSegDataset) -> dict:
     "Name -> reason of what the folders left out"
-    return {f'{f.spec.name}/{n}':why for f in self.folders for n,why in f.skipped.items()}
+    return {f'{f.spec.name}/{n}': why for f in self.folders for n, why in f.skipped.items()}
 
 # %% ../../nbs/data/01_concat.ipynb #d10bb66b
 def sample_index(
-    folder,                  # `SegDataset` or `ConcatSegDataset`
-    rng:np.random.Generator, # where chance comes from
-)->int:
+    folder,  # `SegDataset` or `ConcatSegDataset`
+    rng: np.random.Generator,  # where chance comes from
+) -> int:
     "Some image, as likely as its share"
-    if getattr(folder, 'weights', None) is None: return int(rng.integers(len(folder)))
+    if getattr(folder, 'weights', None) is None:
+        return int(rng.integers(len(folder)))
     k = int(rng.choice(len(folder.folders), p=folder.weights))
     n = len(folder.folders[k])
-    return int(folder.ends[k])-n+int(rng.integers(n))
+    return int(folder.ends[k]) - n + int(rng.integers(n))

@@ -11,9 +11,11 @@ import json
 import re
 from functools import partial
 from pathlib import Path
+
 import cv2
 import numpy as np
 from PIL import Image
+
 from ..core.image_io import read_color_label, read_label, read_last_channel, read_polygon_label
 from ..core.labels import CITYSCAPES19, LABEL_SPACES, LabelSpace
 from ..core.storage import atomic_write
@@ -23,142 +25,308 @@ from .datasets import LabelFiles, SegSpec
 
 # %% ../../nbs/data/02_custom.ipynb #8ec71b3a
 def parse_label_space(
-    d, # the name of a known space, a `LabelSpace`, or dict(name, classes, things)
-)->LabelSpace:
+    d,  # the name of a known space, a `LabelSpace`, or dict(name, classes, things)
+) -> LabelSpace:
     "A label space from its description; unknown keys and names raise `ValueError`"
-    if isinstance(d, LabelSpace): return d
-    if isinstance(d, str): return lookup(d, LABEL_SPACES, 'label space')
-    for k in d: lookup(k, ('name','classes','things'), 'key of a space')
-    rows = [dict(name=c) if isinstance(c,str) else c for c in d.get('classes') or ()]
-    if len(rows)<2: raise ValueError(f'space {d.get("name")}: a space needs a list of at least two classes, not {d.get("classes")}')
+    if isinstance(d, LabelSpace):
+        return d
+    if isinstance(d, str):
+        return lookup(d, LABEL_SPACES, 'label space')
+    for k in d:
+        lookup(k, ('name', 'classes', 'things'), 'key of a space')
+    rows = [dict(name=c) if isinstance(c, str) else c for c in d.get('classes') or ()]
+    if len(rows) < 2:
+        raise ValueError(
+            f'space {d.get("name")}: a space needs a list of at least two classes, not {d.get("classes")}'
+        )
     for r in rows:
-        for k in r: lookup(k, ('name','color'), f'key of class {r.get("name")}')
+        for k in r:
+            lookup(k, ('name', 'color'), f'key of class {r.get("name")}')
     names = tuple(str(r['name']) for r in rows)
-    if len(set(names))<len(names): raise ValueError(f'space {d.get("name")}: each class once, not {names}')
-    wheel = cv2.cvtColor(np.array([[(i*180//len(rows), 190, 230-60*(i%2)) for i in range(len(rows))]], np.uint8), cv2.COLOR_HSV2RGB)[0].tolist()
-    things = tuple(names.index(lookup(t, names, f'thing of space {d.get("name")}')) for t in d.get('things') or ())
-    return LabelSpace(str(d.get('name','own')), names, tuple(tuple(r.get('color') or w) for r,w in zip(rows,wheel)), things)
+    if len(set(names)) < len(names):
+        raise ValueError(f'space {d.get("name")}: each class once, not {names}')
+    wheel = cv2.cvtColor(
+        np.array(
+            [[(i * 180 // len(rows), 190, 230 - 60 * (i % 2)) for i in range(len(rows))]], np.uint8
+        ),
+        cv2.COLOR_HSV2RGB,
+    )[0].tolist()
+    things = tuple(
+        names.index(lookup(t, names, f'thing of space {d.get("name")}'))
+        for t in d.get('things') or ()
+    )
+    return LabelSpace(
+        str(d.get('name', 'own')),
+        names,
+        tuple(tuple(r.get('color') or w) for r, w in zip(rows, wheel)),
+        things,
+    )
 
 # %% ../../nbs/data/02_custom.ipynb #9a914aa3
 def _target(space, name, where):
     "What the tables of a dataset call a class: its train id, or its index in a space of one's own"
-    if name=='void': return IGNORE
-    if space.name not in LABEL_SPACES or space.train_ids is None and space.classes!=CITYSCAPES19.classes:
+    if name == 'void':
+        return IGNORE
+    if (
+        space.name not in LABEL_SPACES
+        or space.train_ids is None
+        and space.classes != CITYSCAPES19.classes
+    ):
         return space.classes.index(lookup(name, space.classes, f'class of {space.name} ({where})'))
-    return CITYSCAPES19.classes.index(lookup(name, CITYSCAPES19.classes, f'class of cityscapes19 ({where})'))
+    return CITYSCAPES19.classes.index(
+        lookup(name, CITYSCAPES19.classes, f'class of cityscapes19 ({where})')
+    )
+
 
 def _classes(name, d, space, form):
     "((number in the file, id map), void, colour or name -> number) of a description"
-    ids,void,keys = {},[],[]
-    rows = d.get('classes') or [dict(name=c, id=i) for i,c in enumerate(space.classes)]
+    ids = {}
+    void = []
+    keys = []
+    rows = d.get('classes') or [dict(name=c, id=i) for i, c in enumerate(space.classes)]
     by = dict(colors='color', polygons='name').get(form, 'id')
-    for i,r in enumerate(rows):
+    for i, r in enumerate(rows):
         where = f"dataset '{name}', class {r.get('name', i)}"
-        for k in r: lookup(k, ('name','id','color','is'), f'key of {where}')
-        if by not in r: raise ValueError(f'{where}: labels are {form}, so each class needs its {by}')
-        key,num = (tuple(r['color']) if by=='color' else str(r[by]) if by=='name' else int(r['id'])),i if by!='id' else int(r['id'])
-        if key in dict(keys): raise ValueError(f'{where}: {by} {key} is listed twice')
+        for k in r:
+            lookup(k, ('name', 'id', 'color', 'is'), f'key of {where}')
+        if by not in r:
+            raise ValueError(f'{where}: labels are {form}, so each class needs its {by}')
+        key, num = (
+            (tuple(r['color']) if by == 'color' else str(r[by]) if by == 'name' else int(r['id'])),
+            i if by != 'id' else int(r['id']),
+        )
+        if key in dict(keys):
+            raise ValueError(f'{where}: {by} {key} is listed twice')
         t = _target(space, r.get('is', r.get('name')), where)
-        keys.append((key,num))
-        if t==IGNORE: void.append(num)
-        else: ids[num] = t
-    return ids,tuple(void),tuple(keys)
+        keys.append((key, num))
+        if t == IGNORE:
+            void.append(num)
+        else:
+            ids[num] = t
+    return ids, tuple(void), tuple(keys)
 
 # %% ../../nbs/data/02_custom.ipynb #9ed9108c
-LABEL_FORMATS = ('ids','colors','last','polygons')
-_KEYS = ('folder','images','labels','splits','form','classes','space','merge','margins','native','fit','drop','where')
+LABEL_FORMATS = ('ids', 'colors', 'last', 'polygons')
+_KEYS = (
+    'folder',
+    'images',
+    'labels',
+    'splits',
+    'form',
+    'classes',
+    'space',
+    'merge',
+    'margins',
+    'native',
+    'fit',
+    'drop',
+    'where',
+)
+
 
 def _split_pattern(name, what, p):
     "A pattern's folder and suffix"
-    if p.count('*')!=1 or '/' in p.split('*')[1]: raise ValueError(f"dataset '{name}', {what}: '{p}' should look like photos/{{split}}/*.jpg, with one *")
-    return p.split('*')[0].rstrip('/') or '.',p.split('*')[1]
+    if p.count('*') != 1 or '/' in p.split('*')[1]:
+        raise ValueError(
+            f"dataset '{name}', {what}: '{p}' should look like photos/{{split}}/*.jpg, with one *"
+        )
+    return p.split('*')[0].rstrip('/') or '.', p.split('*')[1]
+
 
 def parse_dataset_spec(
-    name:str,
-    d,         # the description, see above; a `SegSpec` is returned as it is
-)->SegSpec:
+    name: str,
+    d,  # the description, see above; a `SegSpec` is returned as it is
+) -> SegSpec:
     "A dataset from its description; whatever does not fit raises `ValueError`"
-    if isinstance(d, SegSpec): return d
-    for k in d: lookup(k, _KEYS, f"key of dataset '{name}'")
-    if not d.get('images'): raise ValueError(f"dataset '{name}': needs `images`, a pattern like photos/{{split}}/*.jpg")
-    space,form = parse_label_space(d.get('space','cityscapes19')),lookup(d.get('form','ids'), LABEL_FORMATS, f"form of labels of dataset '{name}'")
-    cuts = [_split_pattern(name, 'images', p) for p in ([d['images']] if isinstance(d['images'],str) else d['images'])]
-    if len({f for f,_ in cuts})>1: raise ValueError(f"dataset '{name}': all patterns of images need the same folder, not {[f for f,_ in cuts]}")
+    if isinstance(d, SegSpec):
+        return d
+    for k in d:
+        lookup(k, _KEYS, f"key of dataset '{name}'")
+    if not d.get('images'):
+        raise ValueError(f"dataset '{name}': needs `images`, a pattern like photos/{{split}}/*.jpg")
+    space, form = (
+        parse_label_space(d.get('space', 'cityscapes19')),
+        lookup(d.get('form', 'ids'), LABEL_FORMATS, f"form of labels of dataset '{name}'"),
+    )
+    cuts = [
+        _split_pattern(name, 'images', p)
+        for p in ([d['images']] if isinstance(d['images'], str) else d['images'])
+    ]
+    if len({f for f, _ in cuts}) > 1:
+        raise ValueError(
+            f"dataset '{name}': all patterns of images need the same folder, not {[f for f, _ in cuts]}"
+        )
     labels = _label_files(name, d, space, form) if d.get('labels') else ()
-    merge = {_target(space,a,'merge'): _target(space,b,'merge') for a,b in (d.get('merge') or {}).items()}
-    more = {f: tuple(d[k]) for k,f in dict(margins='margins', native='native_size', fit='image_size', drop='exclude').items() if d.get(k) is not None}
-    mark = hashlib.sha1(json.dumps([d.get(k) for k in ('labels','form','classes')]+[space.classes], default=str).encode()).hexdigest()[:8]
-    spec = SegSpec(name, d.get('folder', name), cuts[0][0], tuple(s for _,s in cuts), labels, dict(d.get('splits') or dict(train='')),
-                   space, merge, download_hint=d.get('where','your own files'), stats=f'sample_class_stats-{name}-{mark}.json', **more)
+    merge = {
+        _target(space, a, 'merge'): _target(space, b, 'merge')
+        for a, b in (d.get('merge') or {}).items()
+    }
+    more = {
+        f: tuple(d[k])
+        for k, f in dict(
+            margins='margins', native='native_size', fit='image_size', drop='exclude'
+        ).items()
+        if d.get(k) is not None
+    }
+    mark = hashlib.sha1(
+        json.dumps(
+            [d.get(k) for k in ('labels', 'form', 'classes')] + [space.classes], default=str
+        ).encode()
+    ).hexdigest()[:8]
+    spec = SegSpec(
+        name,
+        d.get('folder', name),
+        cuts[0][0],
+        tuple(s for _, s in cuts),
+        labels,
+        dict(d.get('splits') or dict(train='')),
+        space,
+        merge,
+        download_hint=d.get('where', 'your own files'),
+        stats=f'sample_class_stats-{name}-{mark}.json',
+        **more,
+    )
     return _with_example(spec)
 
 # %% ../../nbs/data/02_custom.ipynb #3fe60e66
 def _label_files(name, d, space, form):
     "The label files of a description"
-    (folder,suffix),(ids,void,keys) = _split_pattern(name, 'labels', d['labels']),_classes(name, d, space, form)
-    read = dict(ids=read_label, last=read_last_channel, colors=partial(read_color_label, colors=keys), polygons=partial(read_polygon_label, numbers=keys))[form]
-    return (LabelFiles(folder, suffix, ids, (*void,0) if form=='polygons' and 0 not in ids else void, read),)
+    (folder, suffix), (ids, void, keys) = (
+        _split_pattern(name, 'labels', d['labels']),
+        _classes(name, d, space, form),
+    )
+    read = dict(
+        ids=read_label,
+        last=read_last_channel,
+        colors=partial(read_color_label, colors=keys),
+        polygons=partial(read_polygon_label, numbers=keys),
+    )[form]
+    return (
+        LabelFiles(
+            folder, suffix, ids, (*void, 0) if form == 'polygons' and 0 not in ids else void, read
+        ),
+    )
+
 
 def _with_example(spec):
     "The spec, with one made-up file name per split and part"
-    parts = lambda p: (p,) if isinstance(p,str) else tuple(p)
+
+    def parts(p):
+        return (p,) if isinstance(p, str) else tuple(p)
+
     def one(p):
         below = 'a/0001' if '{split}' in spec.images or not p else f'{p}/0001'
-        lab = lambda k: f'{k.folder.format(split=p)}/{below}{k.suffix}'
-        return f'{spec.images.format(split=p)}/{below}{spec.suffixes[0]}', lab(spec.labels[0]) if spec.labels else None
-    spec.__dict__['example'] = {s: tuple(one(p) for p in parts(ps)) for s,ps in spec.splits.items()}
+
+        def lab(k):
+            return f'{k.folder.format(split=p)}/{below}{k.suffix}'
+
+        return f'{spec.images.format(split=p)}/{below}{spec.suffixes[0]}', lab(
+            spec.labels[0]
+        ) if spec.labels else None
+
+    spec.__dict__['example'] = {
+        s: tuple(one(p) for p in parts(ps)) for s, ps in spec.splits.items()
+    }
     return spec
 
 # %% ../../nbs/data/02_custom.ipynb #b95d25f1
 def striped_label(
-    spec,            # `SegSpec`
-    size=(48,96),    # (H,W) px; at least as many columns as the dataset has numbers
-    shift=0,         # columns to roll, so that files differ
-    kind=0,          # which of the spec's kinds of label file
-)->np.ndarray: # (H,W) int64
+    spec,  # `SegSpec`
+    size=(48, 96),  # (H,W) px; at least as many columns as the dataset has numbers
+    shift=0,  # columns to roll, so that files differ
+    kind=0,  # which of the spec's kinds of label file
+) -> np.ndarray:  # (H,W) int64
     "A label of vertical stripes, one for each number that may occur in the files"
     ids = [*spec.labels[kind].ids, *spec.labels[kind].void] if spec.labels else [0]
-    if size[1]<len(ids): raise ValueError(f"dataset '{spec.name}' has {len(ids)} numbers, {size[1]} columns are too few")
-    return np.broadcast_to(np.roll(np.array(ids)[np.arange(size[1])*len(ids)//size[1]], shift), size).copy()
+    if size[1] < len(ids):
+        raise ValueError(
+            f"dataset '{spec.name}' has {len(ids)} numbers, {size[1]} columns are too few"
+        )
+    return np.broadcast_to(
+        np.roll(np.array(ids)[np.arange(size[1]) * len(ids) // size[1]], shift), size
+    ).copy()
+
 
 def _store(path, kind, lbl):
     "A label in the form that `kind.read` reads"
-    read,kw = getattr(kind.read,'func',kind.read),getattr(kind.read,'keywords',{})
+    read, kw = getattr(kind.read, 'func', kind.read), getattr(kind.read, 'keywords', {})
     if read is read_polygon_label:
-        back,edges = {n:k for k,n in kw['numbers']},[0,*(np.flatnonzero(np.diff(lbl[0]))+1).tolist(),lbl.shape[1]]
-        obs = [dict(label=back[int(lbl[0,a])], polygon=[[a,0],[b-1,0],[b-1,len(lbl)],[a,len(lbl)]]) for a,b in zip(edges,edges[1:])]
-        return atomic_write(path, json.dumps(dict(imgHeight=lbl.shape[0], imgWidth=lbl.shape[1], objects=obs)))
-    if read is read_color_label: out = np.array([dict((n,c) for c,n in kw['colors'])[i] for i in lbl[0].tolist()], np.uint8)[None].repeat(len(lbl), 0)
-    elif read is read_last_channel: out = np.dstack([lbl, np.arange(lbl.size).reshape(lbl.shape)%7, lbl*0]).astype(np.uint16)[...,::-1]
-    else: out = lbl.astype(np.uint8 if lbl.max()<256 else np.uint16)
-    return atomic_write(path, cv2.imencode('.png', out[...,::-1] if out.ndim==3 and read is read_color_label else out)[1].tobytes())
+        back, edges = (
+            {n: k for k, n in kw['numbers']},
+            [0, *(np.flatnonzero(np.diff(lbl[0])) + 1).tolist(), lbl.shape[1]],
+        )
+        obs = [
+            dict(
+                label=back[int(lbl[0, a])],
+                polygon=[[a, 0], [b - 1, 0], [b - 1, len(lbl)], [a, len(lbl)]],
+            )
+            for a, b in zip(edges, edges[1:])
+        ]
+        return atomic_write(
+            path, json.dumps(dict(imgHeight=lbl.shape[0], imgWidth=lbl.shape[1], objects=obs))
+        )
+    if read is read_color_label:
+        out = np.array(
+            [dict((n, c) for c, n in kw['colors'])[i] for i in lbl[0].tolist()], np.uint8
+        )[None].repeat(len(lbl), 0)
+    elif read is read_last_channel:
+        out = np.dstack([lbl, np.arange(lbl.size).reshape(lbl.shape) % 7, lbl * 0]).astype(
+            np.uint16
+        )[..., ::-1]
+    else:
+        out = lbl.astype(np.uint8 if lbl.max() < 256 else np.uint16)
+    return atomic_write(
+        path,
+        cv2.imencode('.png', out[..., ::-1] if out.ndim == 3 and read is read_color_label else out)[
+            1
+        ].tobytes(),
+    )
 
 # %% ../../nbs/data/02_custom.ipynb #f9e257e0
 def write_dummy_dataset(
-    spec,            # `SegSpec`
-    root,            # data root; the tree goes to `root/spec.folder`
-    n=2,             # images per example
-    size=(48,96),    # (H,W) px
-    kind=0,          # which of the spec's kinds of label file to write
-    labels=True,     # False: images only
-)->dict: # split -> paths of the images, relative to the dataset's folder
+    spec,  # `SegSpec`
+    root,  # data root; the tree goes to `root/spec.folder`
+    n=2,  # images per example
+    size=(48, 96),  # (H,W) px
+    kind=0,  # which of the spec's kinds of label file to write
+    labels=True,  # False: images only
+) -> dict:  # split -> paths of the images, relative to the dataset's folder
     "Write a small tree in a dataset's own layout, following its `example`s; existing files are kept"
     made = {}
-    for split,pairs in spec.example.items():
-        for (img,lbl),k in ((p,k) for p in pairs for k in range(n)):
-            stem = img[:-max(len(s) for s in spec.suffixes if img.endswith(s))]
-            name = re.sub(r'(\d+)(?=\D*$)', lambda m: str(int(m[1])+k).zfill(len(m[1])), stem)+img[len(stem):]
-            y = striped_label(spec, size, 3*k, kind)
-            x = np.stack([y*5%251, np.add.outer(np.arange(size[0]),y[0])%256, np.full(size,40+9*k)], -1).astype(np.uint8)
+    for split, pairs in spec.example.items():
+        for (img, lbl), k in ((p, k) for p in pairs for k in range(n)):
+            stem = img[: -max(len(s) for s in spec.suffixes if img.endswith(s))]
+            name = (
+                re.sub(r'(\d+)(?=\D*$)', lambda m: str(int(m[1]) + k).zfill(len(m[1])), stem)
+                + img[len(stem) :]
+            )
+            y = striped_label(spec, size, 3 * k, kind)
+            x = np.stack(
+                [
+                    y * 5 % 251,
+                    np.add.outer(np.arange(size[0]), y[0]) % 256,
+                    np.full(size, 40 + 9 * k),
+                ],
+                -1,
+            ).astype(np.uint8)
             made.setdefault(split, []).append(name)
-            _once(Path(root)/spec.folder/name, lambda p: Image.fromarray(x).save(p))
-            if lbl and labels and spec.labels: _once(Path(root)/spec.folder/_partner(spec, split, name, kind), lambda p: _store(p, spec.labels[kind], y))
+            _once(Path(root) / spec.folder / name, lambda p: Image.fromarray(x).save(p))
+            if lbl and labels and spec.labels:
+                _once(
+                    Path(root) / spec.folder / _partner(spec, split, name, kind),
+                    lambda p: _store(p, spec.labels[kind], y),
+                )
     return made
 
-def _once(path, write): return path if path.exists() else atomic_write(path, write)
+
+def _once(path, write):
+    return path if path.exists() else atomic_write(path, write)
+
+
 def _partner(spec, split, name, kind):
     "The label path that belongs to an image path"
-    parts,files = spec.splits[split],spec.labels[kind]
-    for p in (parts,) if isinstance(parts,str) else parts:
-        d = '' if (d := spec.images.format(split=p))=='.' else d+'/'
-        if name.startswith(d): return f'{files.folder.format(split=p)}/{name[len(d):-max(len(s) for s in spec.suffixes if name.endswith(s))]}{files.suffix}'
+    parts, files = spec.splits[split], spec.labels[kind]
+    for p in (parts,) if isinstance(parts, str) else parts:
+        d = '' if (d := spec.images.format(split=p)) == '.' else d + '/'
+        if name.startswith(d):
+            return f'{files.folder.format(split=p)}/{name[len(d) : -max(len(s) for s in spec.suffixes if name.endswith(s))]}{files.suffix}'

@@ -10,193 +10,297 @@ from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Callable
+
 import numpy as np
-from PIL import Image
 from fastcore.basics import patch
+from PIL import Image
+
 from ..core.image_io import find_files, read_image, read_image_size, read_label
-from ..core.labels import chain_id_maps, CITYSCAPES19, LabelSpace, make_lookup_table, remap, train_id_map
+from udanb.core.labels import (
+    CITYSCAPES19,
+    LabelSpace,
+    chain_id_maps,
+    make_lookup_table,
+    remap,
+    train_id_map,
+)
 from ..core.utils import lookup, resolve
 
 # %% ../../nbs/data/00_datasets.ipynb #e3e9955b
 @dataclass(frozen=True)
 class LabelFiles:
     "One kind of label file"
-    folder:str         # below the dataset's folder; {split} is filled in
-    suffix:str         # what the label's name has where the image's name has its own suffix
-    ids:dict           # number in the file -> train id
-    void:tuple = ()    # numbers that are legal but ignored (255 always is)
-    read:Callable = read_label # path -> (H,W) integers
 
-    def table(self, then:dict=None)->np.ndarray: # (n,) uint8, see `make_lookup_table`
+    folder: str  # below the dataset's folder; {split} is filled in
+    suffix: str  # what the label's name has where the image's name has its own suffix
+    ids: dict  # number in the file -> train id
+    void: tuple = ()  # numbers that are legal but ignored (255 always is)
+    read: Callable = read_label  # path -> (H,W) integers
+
+    def table(self, then: dict = None) -> np.ndarray:  # (n,) uint8, see `make_lookup_table`
         "From the file's numbers to train ids, or on to where `then` leads; files may hold 16-bit numbers"
-        return make_lookup_table(self.ids if then is None else chain_id_maps(self.ids, then), self.void, max((255, *self.ids, *self.void))+1)
+        return make_lookup_table(
+            self.ids if then is None else chain_id_maps(self.ids, then),
+            self.void,
+            max((255, *self.ids, *self.void)) + 1,
+        )
 
 # %% ../../nbs/data/00_datasets.ipynb #198ba6f6
 @dataclass(frozen=True)
 class SegSpec:
     "All that is particular to a dataset"
-    name:str
-    folder:str         # below the data root
-    images:str         # folder of the images below that; {split} is filled in
-    suffixes:tuple     # image names end in one of these
-    labels:tuple = ()  # of `LabelFiles`, the first that exists is read; () = there are none
-    splits:dict = field(default_factory=lambda: dict(train='')) # split -> its name in paths, or a tuple of such names
-    space:LabelSpace = CITYSCAPES19   # classes it is usually evaluated on
-    merge:dict = field(default_factory=dict) # train id -> train id, applied when labels enter `space`
-    exclude:tuple = ()    # stems of images known to be unusable
-    split_scale:dict = field(default_factory=dict) # split -> factor: images and labels are read at this share of their size
-    native_size:tuple = None  # (H,W) of the published images, which `margins` refer to
-    margins:tuple = None # (top,bottom,left,right) pixels that a target must not be trusted in
-    image_size:tuple = None   # (H,W) box that images are fitted into, keeping their aspect; None = as they are
-    download_hint:str = ''     # how to get it
-    stats:str = 'sample_class_stats.json' # name of its file of class statistics; this one is upstream's, in Cityscapes train ids
-    example:dict = field(default_factory=dict) # split -> ((image, label or None), …): paths as published, for messages and tests
+
+    name: str
+    folder: str  # below the data root
+    images: str  # folder of the images below that; {split} is filled in
+    suffixes: tuple  # image names end in one of these
+    labels: tuple = ()  # of `LabelFiles`, the first that exists is read; () = there are none
+    splits: dict = field(
+        default_factory=lambda: dict(train='')
+    )  # split -> its name in paths, or a tuple of such names
+    space: LabelSpace = CITYSCAPES19  # classes it is usually evaluated on
+    merge: dict = field(
+        default_factory=dict
+    )  # train id -> train id, applied when labels enter `space`
+    exclude: tuple = ()  # stems of images known to be unusable
+    split_scale: dict = field(
+        default_factory=dict
+    )  # split -> factor: images and labels are read at this share of their size
+    native_size: tuple = None  # (H,W) of the published images, which `margins` refer to
+    margins: tuple = None  # (top,bottom,left,right) pixels that a target must not be trusted in
+    image_size: tuple = (
+        None  # (H,W) box that images are fitted into, keeping their aspect; None = as they are
+    )
+    download_hint: str = ''  # how to get it
+    stats: str = 'sample_class_stats.json'  # name of its file of class statistics; this one is upstream's, in Cityscapes train ids
+    example: dict = field(
+        default_factory=dict
+    )  # split -> ((image, label or None), …): paths as published, for messages and tests
 
 # %% ../../nbs/data/00_datasets.ipynb #3ba5dd83
 class SegDataset:
     "A split of a dataset on disk"
-    def __init__(self,
-        spec:SegSpec,       # what it looks like
-        root='data',        # the data root: `spec.folder` is below it
-        split='train',      # one of `spec.splits`
-        space=None,         # `LabelSpace` to number classes in; None = the spec's
-        merge=None,         # train id -> train id before entering `space`; None = the spec's, if `space` is
-        labels=True,        # False: label files are never looked for
-        limit=None,         # only the first so many images
+
+    def __init__(
+        self,
+        spec: SegSpec,  # what it looks like
+        root='data',  # the data root: `spec.folder` is below it
+        split='train',  # one of `spec.splits`
+        space=None,  # `LabelSpace` to number classes in; None = the spec's
+        merge=None,  # train id -> train id before entering `space`; None = the spec's, if `space` is
+        labels=True,  # False: label files are never looked for
+        limit=None,  # only the first so many images
         skip_broken=False,  # True: leave images without a label out, and say so in `skipped`
     ):
-        self.spec,self.split,self.space,self.skipped = spec,split,space or spec.space,{}
-        self.merge = (spec.merge if self.space==spec.space else {}) if merge is None else merge
+        self.spec = spec
+        self.split = split
+        self.space = space or spec.space
+        self.skipped = {}
+        self.merge = (spec.merge if self.space == spec.space else {}) if merge is None else merge
         part = lookup(split, spec.splits, f"split of dataset '{spec.name}'")
-        self.root,self.parts = resolve(root)/spec.folder,(part,) if isinstance(part,str) else tuple(part)
-        found = [(n,p) for p in self.parts for n in self._images(p)][:limit]
-        self.names,self._part = [n for n,_ in found],[p for _,p in found]
+        self.root, self.parts = (
+            resolve(root) / spec.folder,
+            (part,) if isinstance(part, str) else tuple(part),
+        )
+        found = [(n, p) for p in self.parts for n in self._images(p)][:limit]
+        self.names, self._part = [n for n, _ in found], [p for _, p in found]
         self.labels = None
-        if labels: self._pair(skip_broken)
+        if labels:
+            self._pair(skip_broken)
 
-    def __len__(self): return len(self.names)
-    def __repr__(self): return f'SegDataset({self.spec.name}/{self.split}: {len(self)} images, {self.space.name}, labels={self.labels is not None})'
+    def __len__(self):
+        return len(self.names)
+
+    def __repr__(self):
+        return f'SegDataset({self.spec.name}/{self.split}: {len(self)} images, {self.space.name}, labels={self.labels is not None})'
 
 # %% ../../nbs/data/00_datasets.ipynb #eebedd90
 _DEMO = 'papermill nbs/train_uda.ipynb outputs/demo.ipynb -p source demo'
 
-@patch
-def _require_folder(self:SegDataset, sub, part):
-    "A folder that must be there"
-    d,s = self.root/sub.format(split=part),self.spec
-    if not d.is_dir():
-        like = f', with files like {s.example[self.split][0][0]}' if s.example.get(self.split) else ''
-        raise FileNotFoundError(f"dataset '{s.name}': there is no folder {d}. Where to get it: {s.download_hint or 'unknown'} "
-                                f"(its place is {self.root}{like}; `data_root` moves it). To see a run without it: {_DEMO}")
-    return d
 
 @patch
-def _images(self:SegDataset, part):
+def _require_folder(self: SegDataset, sub, part):
+    "A folder that must be there"
+    d, s = self.root / sub.format(split=part), self.spec
+    if not d.is_dir():
+        like = (
+            f', with files like {s.example[self.split][0][0]}' if s.example.get(self.split) else ''
+        )
+        raise FileNotFoundError(
+            f"dataset '{s.name}': there is no folder {d}. Where to get it: {s.download_hint or 'unknown'} "
+            f"(its place is {self.root}{like}; `data_root` moves it). To see a run without it: {_DEMO}"
+        )
+    return d
+
+
+@patch
+def _images(self: SegDataset, part):
     "Image paths relative to the dataset's folder"
-    s,below = self.spec,PurePosixPath(self.spec.images.format(split=part))
+    s, below = self.spec, PurePosixPath(self.spec.images.format(split=part))
     d = self._require_folder(s.images, part)
-    longer = tuple(l.suffix for l in s.labels if any(l.suffix!=x and l.suffix.endswith(x) for x in s.suffixes))
-    found = find_files(d, tuple(s.suffixes), longer)      # labels that lie among the images are not images
-    if part and '{split}' not in s.images: found = [f for f in found if part in PurePosixPath(f).parts[:-1]]
-    if s.exclude: found = [f for f in found if PurePosixPath(f).stem not in set(s.exclude)]
+    longer = tuple(
+        l.suffix
+        for l in s.labels
+        if any(l.suffix != x and l.suffix.endswith(x) for x in s.suffixes)
+    )
+    found = find_files(
+        d, tuple(s.suffixes), longer
+    )  # labels that lie among the images are not images
+    if part and '{split}' not in s.images:
+        found = [f for f in found if part in PurePosixPath(f).parts[:-1]]
+    if s.exclude:
+        found = [f for f in found if PurePosixPath(f).stem not in set(s.exclude)]
     if not found:
-        like = f'; a published file is {s.example[self.split][0][0]}' if s.example.get(self.split) else ''
-        raise ValueError(f"dataset '{s.name}': {d} holds no image of split '{self.split}' that ends in {' or '.join(s.suffixes)}{like}. Was the archive "
-                         f"unpacked completely, one folder too deep, or do the files end otherwise? Where to get it: {s.download_hint or 'unknown'}")
-    return [(below/f).as_posix() for f in found]
+        like = (
+            f'; a published file is {s.example[self.split][0][0]}'
+            if s.example.get(self.split)
+            else ''
+        )
+        raise ValueError(
+            f"dataset '{s.name}': {d} holds no image of split '{self.split}' that ends in {' or '.join(s.suffixes)}{like}. Was the archive "
+            f"unpacked completely, one folder too deep, or do the files end otherwise? Where to get it: {s.download_hint or 'unknown'}"
+        )
+    return [(below / f).as_posix() for f in found]
 
 # %% ../../nbs/data/00_datasets.ipynb #22824c72
 @patch
-def stem(self:SegDataset, i)->str:
+def stem(self: SegDataset, i) -> str:
     "What an image and its label have in common: the path below their folders, without suffix"
-    name = PurePosixPath(self.names[i]).relative_to(self.spec.images.format(split=self._part[i])).as_posix()
-    return name[:-max(len(s) for s in self.spec.suffixes if name.endswith(s))]
+    name = (
+        PurePosixPath(self.names[i])
+        .relative_to(self.spec.images.format(split=self._part[i]))
+        .as_posix()
+    )
+    return name[: -max(len(s) for s in self.spec.suffixes if name.endswith(s))]
+
 
 @patch
-def _pair(self:SegDataset, skip):
+def _pair(self: SegDataset, skip):
     "For each image its label file and the number of its kind; fills `tables`, one lookup table per kind"
-    kinds,then,have = self.spec.labels,train_id_map(self.space, self.merge),{}
-    if not kinds: raise ValueError(f"dataset '{self.spec.name}' says nothing about label files: add `labels` to its spec, or open it with labels=False")
+    kinds = self.spec.labels
+    then = train_id_map(self.space, self.merge)
+    have = {}
+    if not kinds:
+        raise ValueError(
+            f"dataset '{self.spec.name}' says nothing about label files: add `labels` to its spec, or open it with labels=False"
+        )
     self.tables = [k.table(then) for k in kinds]
     for p in self.parts:
-        dirs = [self.root/k.folder.format(split=p) for k in kinds]
-        if not any(d.is_dir() for d in dirs): self._require_folder(kinds[0].folder, p)
-        have[p] = [(d,k.suffix,set(find_files(d, (k.suffix,)))) if d.is_dir() else (d,k.suffix,()) for d,k in zip(dirs, kinds)]
-    first = lambda key,p: next(((d/(key+s), j) for j,(d,s,files) in enumerate(have[p]) if key+s in files), None)
-    self.labels = [first(self.stem(i), p) for i,p in enumerate(self._part)]
-    if bare := [n for n,l in zip(self.names, self.labels) if l is None]: self._handle_unlabelled(bare, skip)
+        dirs = [self.root / k.folder.format(split=p) for k in kinds]
+        if not any(d.is_dir() for d in dirs):
+            self._require_folder(kinds[0].folder, p)
+        have[p] = [
+            (d, k.suffix, set(find_files(d, (k.suffix,)))) if d.is_dir() else (d, k.suffix, ())
+            for d, k in zip(dirs, kinds)
+        ]
+
+    def first(key, p):
+        return next(
+            ((d / (key + s), j) for j, (d, s, files) in enumerate(have[p]) if key + s in files),
+            None,
+        )
+
+    self.labels = [first(self.stem(i), p) for i, p in enumerate(self._part)]
+    if bare := [n for n, l in zip(self.names, self.labels) if l is None]:
+        self._handle_unlabelled(bare, skip)
+
 
 @patch
-def _handle_unlabelled(self:SegDataset, bare, skip):
+def _handle_unlabelled(self: SegDataset, bare, skip):
     "Images without a label: an error, or left out"
-    looked = ' or '.join(str(PurePosixPath(k.folder)/('*'+k.suffix)) for k in self.spec.labels)
-    if not skip or len(bare)==len(self):
-        raise ValueError(f"dataset '{self.spec.name}': {len(bare)} of {len(self)} images in {self.root} have no label, the first is {bare[0]}; "
-                         f"looked for {looked}. Add the labels or remove the images (skip_broken=True leaves them out); "
-                         "a target that is only adapted to needs none (labels=False)")
+    looked = ' or '.join(str(PurePosixPath(k.folder) / ('*' + k.suffix)) for k in self.spec.labels)
+    if not skip or len(bare) == len(self):
+        raise ValueError(
+            f"dataset '{self.spec.name}': {len(bare)} of {len(self)} images in {self.root} have no label, the first is {bare[0]}; "
+            f"looked for {looked}. Add the labels or remove the images (skip_broken=True leaves them out); "
+            "a target that is only adapted to needs none (labels=False)"
+        )
     self.__dict__ |= self.exclude({n: f'no label, looked for {looked}' for n in bare}).__dict__
 
 # %% ../../nbs/data/00_datasets.ipynb #c39ea776
 @patch
-def exclude(self:SegDataset,
-    why:dict, # name -> reason
-)->SegDataset: # a copy without these images
+def exclude(
+    self: SegDataset,
+    why: dict,  # name -> reason
+) -> SegDataset:  # a copy without these images
     "Leave images out, remembering why"
-    new,keep = copy(self),[i for i,n in enumerate(self.names) if n not in why]
-    if not keep: raise ValueError(f"dataset '{self.spec.name}': nothing is left of {self}; the first that was left out: {next(iter(why.items()))}")
-    for k in ('names','_part','labels'): setattr(new, k, getattr(self,k) and [getattr(self,k)[i] for i in keep])
+    new, keep = copy(self), [i for i, n in enumerate(self.names) if n not in why]
+    if not keep:
+        raise ValueError(
+            f"dataset '{self.spec.name}': nothing is left of {self}; the first that was left out: {next(iter(why.items()))}"
+        )
+    for k in ('names', '_part', 'labels'):
+        setattr(new, k, getattr(self, k) and [getattr(self, k)[i] for i in keep])
     new.skipped = self.skipped | why
     return new
 
 # %% ../../nbs/data/00_datasets.ipynb #4b5a9c86
 @patch
-def path(self:SegDataset, i)->Path:
+def path(self: SegDataset, i) -> Path:
     "Where image `i` is"
-    return self.root/self.names[i]
+    return self.root / self.names[i]
+
 
 @patch
-def _share(self:SegDataset, x, how):
+def _share(self: SegDataset, x, how):
     "(H,W[,3]) at the split's share of its size"
     f = self.spec.split_scale.get(self.split, 1)
-    return x if f==1 else np.array(Image.fromarray(x).resize((int(x.shape[1]*f),int(x.shape[0]*f)), how))
+    return (
+        x
+        if f == 1
+        else np.array(Image.fromarray(x).resize((int(x.shape[1] * f), int(x.shape[0] * f)), how))
+    )
+
 
 @patch
-def size(self:SegDataset, i)->tuple:
+def size(self: SegDataset, i) -> tuple:
     "(H,W) of image `i` as `image` returns it, from the file's header"
     f = self.spec.split_scale.get(self.split, 1)
-    return tuple(int(n*f) for n in read_image_size(self.path(i))) if f!=1 else read_image_size(self.path(i))
+    return (
+        tuple(int(n * f) for n in read_image_size(self.path(i)))
+        if f != 1
+        else read_image_size(self.path(i))
+    )
+
 
 @patch
-def image(self:SegDataset, i)->np.ndarray:
+def image(self: SegDataset, i) -> np.ndarray:
     "Image `i`, (H,W,3) uint8 RGB"
     return self._share(read_image(self.path(i)), Image.Resampling.BICUBIC)
 
 # %% ../../nbs/data/00_datasets.ipynb #67290dfe
 @patch
-def label_path(self:SegDataset, i)->Path:
+def label_path(self: SegDataset, i) -> Path:
     "Where the label of image `i` is"
-    if self.labels is None: raise ValueError(f'{self} was opened without labels: open it with labels=True to read them')
+    if self.labels is None:
+        raise ValueError(f'{self} was opened without labels: open it with labels=True to read them')
     return self.labels[i][0]
 
+
 @patch
-def label(self:SegDataset,
-    i,       # which
-    hw=None, # (H,W) of the image file, if it is known
-)->np.ndarray: # (H,W) uint8 indices of `space` and `IGNORE`
+def label(
+    self: SegDataset,
+    i,  # which
+    hw=None,  # (H,W) of the image file, if it is known
+) -> np.ndarray:  # (H,W) uint8 indices of `space` and `IGNORE`
     "Label of image `i`; a wrong size or a stray id raises `ValueError`"
     p = self.label_path(i)
-    h,w = hw if hw and self.split not in self.spec.split_scale else read_image_size(self.path(i))
+    h, w = hw if hw and self.split not in self.spec.split_scale else read_image_size(self.path(i))
     lbl = self.spec.labels[self.labels[i][1]].read(p)
-    if lbl.shape[:2]!=(h,w):
-        raise ValueError(f'{p}: the label is {lbl.shape[1]}×{lbl.shape[0]} pixels, its image {self.path(i)} is {w}×{h}: '
-                         "they do not belong together, or one was resized. Resize both alike, or list the stem in the spec's `drop`")
+    if lbl.shape[:2] != (h, w):
+        raise ValueError(
+            f'{p}: the label is {lbl.shape[1]}×{lbl.shape[0]} pixels, its image {self.path(i)} is {w}×{h}: '
+            "they do not belong together, or one was resized. Resize both alike, or list the stem in the spec's `drop`"
+        )
     return self._share(remap(lbl, self.tables[self.labels[i][1]], p), Image.Resampling.NEAREST)
 
 # %% ../../nbs/data/00_datasets.ipynb #27c85953
 @patch(as_prop=True)
-def margins(self:SegDataset):
+def margins(self: SegDataset):
     "(top,bottom,left,right) in pixels of these files, or None"
-    if self.spec.margins is None: return None
-    if not self.spec.native_size: return self.spec.margins
-    fy,fx = (a/b for a,b in zip(self.size(0), self.spec.native_size))
-    return tuple(round(m*f) for m,f in zip(self.spec.margins, (fy,fy,fx,fx)))
+    if self.spec.margins is None:
+        return None
+    if not self.spec.native_size:
+        return self.spec.margins
+    fy, fx = (a / b for a, b in zip(self.size(0), self.spec.native_size))
+    return tuple(round(m * f) for m, f in zip(self.spec.margins, (fy, fy, fx, fx)))

@@ -11,105 +11,173 @@ import os
 from collections import Counter
 from io import BytesIO
 from pathlib import Path
+
 import numpy as np
 from PIL import Image
+
 from ..core.image_io import read_image, read_image_size, read_label
-from ..core.labels import bincount_ids, UNDECLARED_ID
+from ..core.labels import UNDECLARED_ID, bincount_ids
 from ..core.storage import atomic_write
 from ..core.types import IGNORE
 
 # %% ../../nbs/data/10_inspection.ipynb #f43d8482
 def checked_image_size(
-    path, # an image file
-)->tuple: # (H,W)
+    path,  # an image file
+) -> tuple:  # (H,W)
     "Size from the header of a file that also has an end; a cut one raises `ValueError`"
-    hw,n = read_image_size(path),os.path.getsize(path)
-    with open(path, 'rb') as f: head,_,tail = f.read(4),f.seek(max(0, n-4096)),f.read()
-    end = b'\xff\xd9' if head[:2]==b'\xff\xd8' else b'IEND' if head==b'\x89PNG' else b''
-    if end not in tail: raise ValueError(f'{path}: broken image file (it stops before its end; {n} bytes)')
+    hw, n = read_image_size(path), os.path.getsize(path)
+    with open(path, 'rb') as f:
+        head = f.read(4)
+        _ = f.seek(max(0, n - 4096))
+        tail = f.read()
+    end = b'\xff\xd9' if head[:2] == b'\xff\xd8' else b'IEND' if head == b'\x89PNG' else b''
+    if end not in tail:
+        raise ValueError(f'{path}: broken image file (it stops before its end; {n} bytes)')
     return hw
 
+
 def count_class_pixels(
-    ids:np.ndarray,   # (H,W) as stored in a label file
-    table:np.ndarray, # id -> train id, e.g. `LabelFiles.table`
-)->tuple: # {train id: pixels}, {unknown id: pixels}
+    ids: np.ndarray,  # (H,W) as stored in a label file
+    table: np.ndarray,  # id -> train id, e.g. `LabelFiles.table`
+) -> tuple:  # {train id: pixels}, {unknown id: pixels}
     "What a label shows; an array that is no label raises `ValueError`"
-    if ids.ndim!=2 or ids.dtype.kind not in 'iu': raise ValueError(f'a label is (H,W) integers, not {ids.shape} {ids.dtype}: is it a colour image?')
-    n,px,odd = bincount_ids(ids) if ids.dtype==np.uint8 else np.bincount(ids.ravel()),Counter(),{}
+    if ids.ndim != 2 or ids.dtype.kind not in 'iu':
+        raise ValueError(
+            f'a label is (H,W) integers, not {ids.shape} {ids.dtype}: is it a colour image?'
+        )
+    n = bincount_ids(ids) if ids.dtype == np.uint8 else np.bincount(ids.ravel())
+    px = Counter()
+    odd = {}
     for c in np.flatnonzero(n).tolist():
-        t = int(table[c]) if c<len(table) else UNDECLARED_ID
-        if t==UNDECLARED_ID: odd[c] = int(n[c])
-        elif t!=IGNORE: px[t] += int(n[c])
-    return dict(sorted(px.items())),odd
+        t = int(table[c]) if c < len(table) else UNDECLARED_ID
+        if t == UNDECLARED_ID:
+            odd[c] = int(n[c])
+        elif t != IGNORE:
+            px[t] += int(n[c])
+    return dict(sorted(px.items())), odd
 
 # %% ../../nbs/data/10_inspection.ipynb #2e3e194c
-def _sig(path): return [(s := os.stat(path)).st_size,s.st_mtime_ns]
-def _rel(folder, path): return path.relative_to(folder.root).as_posix()
+def _sig(path):
+    return [(s := os.stat(path)).st_size, s.st_mtime_ns]
+
+
+def _rel(folder, path):
+    return path.relative_to(folder.root).as_posix()
+
+
 def _fault(e, file, path):
     "What, where, why: without the path and the advice of a reader's message"
-    why = str(e).replace(f'{path}: ', '').replace(f'{path.parent}/', '').split('. Copy or download')[0]
+    why = (
+        str(e)
+        .replace(f'{path}: ', '')
+        .replace(f'{path.parent}/', '')
+        .split('. Copy or download')[0]
+    )
     return ['unreadable' if isinstance(e, OSError) else 'broken', file, why]
+
 
 def _mark(folder, i):
     "What a row depends on besides the files"
-    if not folder.labels: return ''
+    if not folder.labels:
+        return ''
     k = folder.spec.labels[folder.labels[i][1]]
-    how = getattr(k.read, 'func', k.read).__qualname__,getattr(k.read, 'args', ()),getattr(k.read, 'keywords', {})
-    return hashlib.sha1(repr((sorted(k.ids.items()),sorted(k.void),how,folder.spec.split_scale)).encode()).hexdigest()[:8]
+    how = (
+        getattr(k.read, 'func', k.read).__qualname__,
+        getattr(k.read, 'args', ()),
+        getattr(k.read, 'keywords', {}),
+    )
+    return hashlib.sha1(
+        repr((sorted(k.ids.items()), sorted(k.void), how, folder.spec.split_scale)).encode()
+    ).hexdigest()[:8]
 
 # %% ../../nbs/data/10_inspection.ipynb #6bb2777d
 def inspect_pair(
-    folder,    # `SegDataset`, with or without labels
-    i:int,     # which
-    full=True, # False: of the image only header and end
-)->tuple: # (a row of plain values, (H,W,3) image or None, (H,W) ids as stored or None)
+    folder,  # `SegDataset`, with or without labels
+    i: int,  # which
+    full=True,  # False: of the image only header and end
+) -> tuple:  # (a row of plain values, (H,W,3) image or None, (H,W) ids as stored or None)
     "All there is to know about an image and its label"
-    row = dict(name=folder.names[i], sig=None, hw=None, full=full, label=None, lsig=None, mark=_mark(folder, i),
-               px=None, odd={}, faults=[], conv=None, copies=[])
-    p,img,ids = folder.path(i),None,None
+    row = dict(
+        name=folder.names[i],
+        sig=None,
+        hw=None,
+        full=full,
+        label=None,
+        lsig=None,
+        mark=_mark(folder, i),
+        px=None,
+        odd={},
+        faults=[],
+        conv=None,
+        copies=[],
+    )
+    p = folder.path(i)
+    img = None
+    ids = None
     try:
         row['sig'] = _sig(p)
-        if full: img = read_image(p)
+        if full:
+            img = read_image(p)
         row['hw'] = [*(img.shape[:2] if full else checked_image_size(p))]
-    except (ValueError,OSError) as e: row['faults'].append(_fault(e, row['name'], p))
-    if not folder.labels: return row,img,ids
-    p,k = folder.label_path(i),folder.spec.labels[folder.labels[i][1]]
+    except (ValueError, OSError) as e:
+        row['faults'].append(_fault(e, row['name'], p))
+    if not folder.labels:
+        return row, img, ids
+    p, k = folder.label_path(i), folder.spec.labels[folder.labels[i][1]]
     file = row['label'] = _rel(folder, p)
     try:
         row['lsig'] = _sig(p)
         ids = k.read(p)
-        row['px'],row['odd'] = count_class_pixels(ids, k.table())
-    except (ValueError,OSError) as e: row['faults'].append(_fault(e, file, p))
-    if row['odd']: row['faults'].append(['ids', file, ', '.join(f'{c} ({n} px)' for c,n in row['odd'].items())])
-    if row['px'] is not None and row['hw'] and [*ids.shape]!=row['hw']:
-        row['faults'].append(['size', file, 'label {1}×{0}, image {3}×{2} pixels'.format(*ids.shape, *row['hw'])])
-    return row,img,ids
+        row['px'], row['odd'] = count_class_pixels(ids, k.table())
+    except (ValueError, OSError) as e:
+        row['faults'].append(_fault(e, file, p))
+    if row['odd']:
+        row['faults'].append(
+            ['ids', file, ', '.join(f'{c} ({n} px)' for c, n in row['odd'].items())]
+        )
+    if row['px'] is not None and row['hw'] and [*ids.shape] != row['hw']:
+        row['faults'].append(
+            ['size', file, 'label {1}×{0}, image {3}×{2} pixels'.format(*ids.shape, *row['hw'])]
+        )
+    return row, img, ids
 
 # %% ../../nbs/data/10_inspection.ipynb #d1e83018
 def train_id_path(
-    folder, i, # `SegDataset`, which
-)->Path:
+    folder,
+    i,  # `SegDataset`, which
+) -> Path:
     "Where the published code expects the train ids of image `i`; a dataset without such a place raises `ValueError`"
     for k in folder.spec.labels:
-        if k.ids and all(a==b for a,b in k.ids.items()): return folder.root/k.folder.format(split=folder._part[i])/(folder.stem(i)+k.suffix)
-    raise ValueError(f"dataset '{folder.spec.name}' has no kind of label file that holds train ids, hence no place for converted ones. "
-                     'Leave `convert` out: udanb reads the labels as they are')
+        if k.ids and all(a == b for a, b in k.ids.items()):
+            return (
+                folder.root / k.folder.format(split=folder._part[i]) / (folder.stem(i) + k.suffix)
+            )
+    raise ValueError(
+        f"dataset '{folder.spec.name}' has no kind of label file that holds train ids, hence no place for converted ones. "
+        'Leave `convert` out: udanb reads the labels as they are'
+    )
 
 # %% ../../nbs/data/10_inspection.ipynb #f9ce7526
 def write_train_id_label(
-    folder, i, # `SegDataset` with labels, which
-    lbl:np.ndarray, # (H,W) uint8 train ids of the native label
-    row:dict,  # from `inspect_pair`; gets `conv` or a fault
+    folder,
+    i,  # `SegDataset` with labels, which
+    lbl: np.ndarray,  # (H,W) uint8 train ids of the native label
+    row: dict,  # from `inspect_pair`; gets `conv` or a fault
 ):
     "Write the train ids of a label, or find them there"
-    p,own = train_id_path(folder, i),folder.label_path(i)
+    p, own = train_id_path(folder, i), folder.label_path(i)
     file = _rel(folder, p)
-    if p!=own and p.exists():
-        try: same = np.array_equal(read_label(p), lbl)
-        except (ValueError,OSError) as e: return row['faults'].append(_fault(e, file, p))
-        if not same: return row['faults'].append(['differs', file, f'it does not say what {row["label"]} says'])
-    elif p!=own:
+    if p != own and p.exists():
+        try:
+            same = np.array_equal(read_label(p), lbl)
+        except (ValueError, OSError) as e:
+            return row['faults'].append(_fault(e, file, p))
+        if not same:
+            return row['faults'].append(
+                ['differs', file, f'it does not say what {row["label"]} says']
+            )
+    elif p != own:
         buf = BytesIO()
         Image.fromarray(lbl).save(buf, 'PNG')
         atomic_write(p, buf.getvalue())
-    row['conv'] = [file,_sig(p)]
+    row['conv'] = [file, _sig(p)]

@@ -8,13 +8,15 @@ __all__ = ['MAX_READ_ATTEMPTS', 'DomainBatch', 'DomainPairDataset', 'train_loade
 # %% ../../nbs/data/09_loaders.ipynb #954d7fe6
 import sys
 from typing import NamedTuple
+
 import cv2
 import numpy as np
 import torch
 from fastcore.basics import patch
 from torch.utils.data import DataLoader, Dataset
+
 from ..core.image_io import READ_ERRORS
-from ..core.types import collate, Sample
+from ..core.types import Sample, collate
 from .concat import sample_index
 from .transforms import to_sample
 
@@ -22,121 +24,180 @@ from .transforms import to_sample
 def _views(folder, tfm):
     "One transform per folder"
     n = len(getattr(folder, 'folders', [folder]))
-    if not isinstance(tfm, (list,tuple)): return [tfm]*n
-    if len(tfm)!=n: raise ValueError(f'{len(tfm)} transforms for {n} datasets ({folder}): give one for all, or one for each')
+    if not isinstance(tfm, (list, tuple)):
+        return [tfm] * n
+    if len(tfm) != n:
+        raise ValueError(
+            f'{len(tfm)} transforms for {n} datasets ({folder}): give one for all, or one for each'
+        )
     return list(tfm)
 
-def _which(folder, i): return folder.locate(i)[0] if hasattr(folder, 'folders') else 0
+
+def _which(folder, i):
+    return folder.locate(i)[0] if hasattr(folder, 'folders') else 0
 
 # %% ../../nbs/data/09_loaders.ipynb #f7c0aa11
 class DomainBatch(NamedTuple):
     "What a training step gets"
-    src:Sample
-    tgt:Sample = None   # no labels; `wgt` is 0 where the image must not be trusted
-    skipped:tuple = ()  # (name, reason) of broken files that were drawn and left out
+
+    src: Sample
+    tgt: Sample = None  # no labels; `wgt` is 0 where the image must not be trusted
+    skipped: tuple = ()  # (name, reason) of broken files that were drawn and left out
+
 
 MAX_READ_ATTEMPTS = 20
 
+
 class DomainPairDataset(Dataset):
     "Step -> batch, a pure function of (seed, step)"
-    def __init__(self, src, tgt, src_tfm, tgt_tfm, batch, seed, rcs=None, min_crop_px=0, skip_broken=False):
-        self.src,self.tgt,self.src_tfm,self.tgt_tfm = src,tgt,_views(src, src_tfm),tgt and _views(tgt, tgt_tfm)
-        self.batch,self.seed,self.rcs,self.min_crop_px,self.skip_broken = batch,seed,rcs,min_crop_px,skip_broken
+
+    def __init__(
+        self, src, tgt, src_tfm, tgt_tfm, batch, seed, rcs=None, min_crop_px=0, skip_broken=False
+    ):
+        self.src = src
+        self.tgt = tgt
+        self.src_tfm = _views(src, src_tfm)
+        self.tgt_tfm = tgt and _views(tgt, tgt_tfm)
+        self.batch = batch
+        self.seed = seed
+        self.rcs = rcs
+        self.min_crop_px = min_crop_px
+        self.skip_broken = skip_broken
 
     def __getitem__(self, step):
-        (rs,rt),bad = np.random.default_rng((self.seed % 2**63, step)).spawn(2),{}
-        src = collate([self._one(step, self.src, self.src_tfm, rs, True, bad) for _ in range(self.batch)])
-        tgt = self.tgt and collate([self._one(step, self.tgt, self.tgt_tfm, rt, False, bad) for _ in range(self.batch)])
+        (rs, rt), bad = np.random.default_rng((self.seed % 2**63, step)).spawn(2), {}
+        src = collate(
+            [self._one(step, self.src, self.src_tfm, rs, True, bad) for _ in range(self.batch)]
+        )
+        tgt = self.tgt and collate(
+            [self._one(step, self.tgt, self.tgt_tfm, rt, False, bad) for _ in range(self.batch)]
+        )
         return DomainBatch(src, tgt, tuple(bad.items()))
 
 # %% ../../nbs/data/09_loaders.ipynb #5a5916e5
 @patch
-def _read(self:DomainPairDataset, step, folder, rng, labels, bad):
+def _read(self: DomainPairDataset, step, folder, rng, labels, bad):
     "An image that can be read: (index, class it was drawn for, image, label)"
     for _ in range(MAX_READ_ATTEMPTS):
-        i,c = self.rcs.draw(rng) if labels and self.rcs else (sample_index(folder, rng),None)
+        i, c = self.rcs.draw(rng) if labels and self.rcs else (sample_index(folder, rng), None)
         try:
             img = folder.image(i)
-            return i,c,img,folder.label(i, img.shape[:2]) if labels else None
+            return i, c, img, folder.label(i, img.shape[:2]) if labels else None
         except READ_ERRORS as e:
-            if not self.skip_broken: raise ValueError(f'step {step}, {folder.names[i]}: {e}') from e
+            if not self.skip_broken:
+                raise ValueError(f'step {step}, {folder.names[i]}: {e}') from e
             bad[folder.names[i]] = str(e)
-    name,why = list(bad.items())[-1]
-    raise ValueError(f'step {step}: {MAX_READ_ATTEMPTS} images in a row could not be read, so most files of {folder} are broken. The last was {name}: {why}')
+    name, why = list(bad.items())[-1]
+    raise ValueError(
+        f'step {step}: {MAX_READ_ATTEMPTS} images in a row could not be read, so most files of {folder} are broken. The last was {name}: {why}'
+    )
+
 
 @patch
-def _one(self:DomainPairDataset, step, folder, tfms, rng, labels, bad):
+def _one(self: DomainPairDataset, step, folder, tfms, rng, labels, bad):
     "One image, cropped"
-    i,c,img,lbl = self._read(step, folder, rng, labels, bad)
+    i, c, img, lbl = self._read(step, folder, rng, labels, bad)
     try:
-        img,lbl,valid = tfms[_which(folder, i)](img, lbl, rng, c, self.min_crop_px)
+        img, lbl, valid = tfms[_which(folder, i)](img, lbl, rng, c, self.min_crop_px)
         return to_sample(img, lbl, None if labels else valid, folder.names[i])
     except Exception as e:
         where = f'step {step}, {folder.names[i]}'
-        if isinstance(e, ValueError): raise ValueError(f'{where}: {e}') from e
+        if isinstance(e, ValueError):
+            raise ValueError(f'{where}: {e}') from e
         raise RuntimeError(f'{where}: {type(e).__name__}: {e}') from e
 
 # %% ../../nbs/data/09_loaders.ipynb #cafb1274
-def _identity(x): return x
-def _single_threaded(i): cv2.setNumThreads(0)   # one thread per worker, as torch sees to itself, or they fight for the cores
+def _identity(x):
+    return x
+
+
+def _single_threaded(i):
+    cv2.setNumThreads(
+        0
+    )  # one thread per worker, as torch sees to itself, or they fight for the cores
+
 
 def _loader(ds, sampler, workers, cls=DataLoader):
     "One item is one batch; torch's global random state is left alone"
     more = dict(prefetch_factor=4, worker_init_fn=_single_threaded) if workers else {}
-    return cls(ds, batch_size=None, sampler=sampler, num_workers=workers, collate_fn=_identity,
-               pin_memory=torch.cuda.is_available(), generator=torch.Generator(), **more)
+    return cls(
+        ds,
+        batch_size=None,
+        sampler=sampler,
+        num_workers=workers,
+        collate_fn=_identity,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),
+        **more,
+    )
 
 # %% ../../nbs/data/09_loaders.ipynb #2800e5e3
 def train_loader(
-    src,            # `SegDataset` or `ConcatSegDataset` with labels
-    tgt,            # `SegDataset` or `ConcatSegDataset`, whose labels are never read; None = source only
-    src_tfm,        # `TrainTransform` of the source, or a list of them, one per folder
-    tgt_tfm,        # likewise of the target: margins and sizes differ between datasets
-    batch:int,      # images of each domain per step
-    seed:int,       # with the step, decides everything
-    start=0,        # first step
-    steps=None,     # stop before this step; None = endless
-    workers=0,      # processes that load ahead; 0 = load when asked
-    rcs=None,       # `RareClassSampler` for the source
+    src,  # `SegDataset` or `ConcatSegDataset` with labels
+    tgt,  # `SegDataset` or `ConcatSegDataset`, whose labels are never read; None = source only
+    src_tfm,  # `TrainTransform` of the source, or a list of them, one per folder
+    tgt_tfm,  # likewise of the target: margins and sizes differ between datasets
+    batch: int,  # images of each domain per step
+    seed: int,  # with the step, decides everything
+    start=0,  # first step
+    steps=None,  # stop before this step; None = endless
+    workers=0,  # processes that load ahead; 0 = load when asked
+    rcs=None,  # `RareClassSampler` for the source
     min_crop_px=0,  # crops hold more than this many pixels of the class that was drawn, if ten redraws can do it
-    skip_broken=False, # True: another image for one that cannot be read, see `DomainBatch.skipped`
-)->DataLoader: # of `DomainBatch(src, tgt, skipped)`, for step = start … steps-1
+    skip_broken=False,  # True: another image for one that cannot be read, see `DomainBatch.skipped`
+) -> DataLoader:  # of `DomainBatch(src, tgt, skipped)`, for step = start … steps-1
     "Batches of both domains; the batch of a step is the same for any number of workers"
-    if len(getattr(rcs, 'px', src))!=len(src):
-        raise ValueError(f'rare-class sampling knows {len(rcs.px)} images, {src} has {len(src)}; give it the `class_stats` of this source')
+    if len(getattr(rcs, 'px', src)) != len(src):
+        raise ValueError(
+            f'rare-class sampling knows {len(rcs.px)} images, {src} has {len(src)}; give it the `class_stats` of this source'
+        )
     ds = DomainPairDataset(src, tgt, src_tfm, tgt_tfm, batch, seed, rcs, min_crop_px, skip_broken)
     return _loader(ds, range(start, sys.maxsize if steps is None else steps), workers)
 
 # %% ../../nbs/data/09_loaders.ipynb #df2c58f1
 class EvalDataset(Dataset):
     "Image at network size, label at native size"
+
     def __init__(self, folder, tfm, skip_broken=False):
-        self.folder,self.tfms,self.skip_broken,self.skipped = folder,_views(folder, tfm),skip_broken,{}
-    def __len__(self): return len(self.folder)
+        self.folder = folder
+        self.tfms = _views(folder, tfm)
+        self.skip_broken = skip_broken
+        self.skipped = {}
+
+    def __len__(self):
+        return len(self.folder)
+
     def __getitem__(self, i):
         f = self.folder
         try:
             img = f.image(i)
             lbl = f.label(i, img.shape[:2])
         except READ_ERRORS as e:
-            if not self.skip_broken: raise
-            return None,(f.names[i],str(e))
-        return to_sample(self.tfms[_which(f, i)](img), name=f.names[i]),torch.from_numpy(lbl.astype(np.int64))
+            if not self.skip_broken:
+                raise
+            return None, (f.names[i], str(e))
+        return to_sample(self.tfms[_which(f, i)](img), name=f.names[i]), torch.from_numpy(
+            lbl.astype(np.int64)
+        )
+
 
 class _EvalLoader(DataLoader):
     "Hands on what could be read, and collects what could not in `dataset.skipped`"
+
     def __iter__(self):
         self.dataset.skipped = {}
-        for x,lbl in super().__iter__():
-            if x is None: self.dataset.skipped[lbl[0]] = lbl[1]
-            else: yield x,lbl
+        for x, lbl in super().__iter__():
+            if x is None:
+                self.dataset.skipped[lbl[0]] = lbl[1]
+            else:
+                yield x, lbl
 
 # %% ../../nbs/data/09_loaders.ipynb #4efd24ef
 def eval_loader(
-    folder,     # `SegDataset` or `ConcatSegDataset` with labels
-    tfm,        # `EvalTransform`, or a list of them, one per folder
+    folder,  # `SegDataset` or `ConcatSegDataset` with labels
+    tfm,  # `EvalTransform`, or a list of them, one per folder
     workers=0,  # processes that load ahead
-    skip_broken=False, # True: pass over what cannot be read, see `dataset.skipped`
-)->DataLoader: # of (`Sample` with B=1, label (H,W) int64 at native size)
+    skip_broken=False,  # True: pass over what cannot be read, see `dataset.skipped`
+) -> DataLoader:  # of (`Sample` with B=1, label (H,W) int64 at native size)
     "The images of a folder, in order, with their labels"
     return _loader(EvalDataset(folder, tfm, skip_broken), range(len(folder)), workers, _EvalLoader)

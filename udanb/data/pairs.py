@@ -7,6 +7,7 @@ __all__ = ['PAIRS', 'Pair', 'shared_label_space', 'make_pair', 'get_dataset_spec
 
 # %% ../../nbs/data/04_pairs.ipynb #bbc1c1c5
 from dataclasses import dataclass, field
+
 from ..core.labels import LabelSpace
 from ..core.utils import lookup
 from udanb.data.catalog import (
@@ -32,79 +33,120 @@ from .datasets import SegDataset, SegSpec
 @dataclass(frozen=True)
 class Pair:
     "Adapt from labelled `sources` to unlabelled `targets`, evaluated on the classes of `space`"
-    sources:tuple            # of `SegSpec`
-    targets:tuple            # of `SegSpec`
-    space:LabelSpace         # what the network predicts
-    merge:dict = field(default_factory=dict) # train id -> train id, for the labels of all
-    weights:tuple = None     # how often each source is drawn; None = by its number of images
+
+    sources: tuple  # of `SegSpec`
+    targets: tuple  # of `SegSpec`
+    space: LabelSpace  # what the network predicts
+    merge: dict = field(default_factory=dict)  # train id -> train id, for the labels of all
+    weights: tuple = None  # how often each source is drawn; None = by its number of images
 
     @property
-    def name(self): return '-'.join('+'.join(s.name for s in ss) for ss in (self.sources,self.targets))
-    def open(self, spec, root='data', **kw): return SegDataset(spec, root, space=self.space, merge=self.merge, **kw)
+    def name(self):
+        return '-'.join('+'.join(s.name for s in ss) for ss in (self.sources, self.targets))
 
-    def folders(self,
-        root='data',       # the data root
-        limit=None,        # at most so many images each
-        skip_broken=False, # leave images without a label out
-    )->tuple: # source with labels, target without, {target's name: its val with labels}
+    def open(self, spec, root='data', **kw):
+        return SegDataset(spec, root, space=self.space, merge=self.merge, **kw)
+
+    def folders(
+        self,
+        root='data',  # the data root
+        limit=None,  # at most so many images each
+        skip_broken=False,  # leave images without a label out
+    ) -> tuple:  # source with labels, target without, {target's name: its val with labels}
         "The views of a run; several sources or targets come as one `ConcatSegDataset`"
         kw = dict(limit=limit, skip_broken=skip_broken)
         src = [self.open(s, root, **kw) for s in self.sources]
         tgt = [self.open(t, root, limit=limit, labels=False) for t in self.targets]
-        vals = {t.name: self.open(t, root, split='val', **kw) for t in self.targets if 'val' in t.splits and t.labels}
-        return src[0] if len(src)==1 else ConcatSegDataset(src, self.weights), tgt[0] if len(tgt)==1 else ConcatSegDataset(tgt), vals
+        vals = {
+            t.name: self.open(t, root, split='val', **kw)
+            for t in self.targets
+            if 'val' in t.splits and t.labels
+        }
+        return (
+            src[0] if len(src) == 1 else ConcatSegDataset(src, self.weights),
+            tgt[0] if len(tgt) == 1 else ConcatSegDataset(tgt),
+            vals,
+        )
 
 # %% ../../nbs/data/04_pairs.ipynb #eb6a37ca
 def shared_label_space(
-    specs, # `SegSpec`s
-)->tuple: # the `LabelSpace` that all of them can fill, and the merge that belongs to it
+    specs,  # `SegSpec`s
+) -> tuple:  # the `LabelSpace` that all of them can fill, and the merge that belongs to it
     "The smallest space among them, whose classes all others have; else `ValueError`"
     best = min(specs, key=lambda s: len(s.space))
     for s in specs:
         if lost := [c for c in best.space.classes if c not in s.space.classes]:
-            raise ValueError(f"'{best.name}' has {best.space.name} and '{s.name}' has {s.space.name}, which lacks {', '.join(lost)}: "
-                             "give both the same `space`, with labels mapped into it")
-    return best.space,best.merge
+            raise ValueError(
+                f"'{best.name}' has {best.space.name} and '{s.name}' has {s.space.name}, which lacks {', '.join(lost)}: "
+                "give both the same `space`, with labels mapped into it"
+            )
+    return best.space, best.merge
+
 
 def make_pair(
-    sources, # a `SegSpec`, or several
-    targets, # likewise
+    sources,  # a `SegSpec`, or several
+    targets,  # likewise
     **over,  # fields of `Pair` to set otherwise
-)->Pair:
+) -> Pair:
     "Datasets with the classes they have in common"
-    sources,targets = (tuple(x) if isinstance(x,(list,tuple)) else (x,) for x in (sources,targets))
-    space,merge = (over['space'],{}) if 'space' in over else shared_label_space((*targets,*sources))
+    sources, targets = (
+        tuple(x) if isinstance(x, (list, tuple)) else (x,) for x in (sources, targets)
+    )
+    space, merge = (
+        (over['space'], {}) if 'space' in over else shared_label_space((*targets, *sources))
+    )
     return Pair(**(dict(sources=sources, targets=targets, space=space, merge=merge) | over))
 
-PAIRS = dict(gta=make_pair(GTA, CITYSCAPES), synthia=make_pair(SYNTHIA, CITYSCAPES), synscapes=make_pair(SYNSCAPES, CITYSCAPES),
-             cityscapes=make_pair(CITYSCAPES, ACDC), zerowaste_v1=make_pair(ZEROWASTE_V1, ZEROWASTE_V2),
-             zerowaste_v1_merged=make_pair(ZEROWASTE_V1_MERGED, ZEROWASTE_V2), town=make_pair(TOWN, CAMVID), demo=make_pair(DEMO_SOURCE, DEMO_TARGET))
+
+PAIRS = dict(
+    gta=make_pair(GTA, CITYSCAPES),
+    synthia=make_pair(SYNTHIA, CITYSCAPES),
+    synscapes=make_pair(SYNSCAPES, CITYSCAPES),
+    cityscapes=make_pair(CITYSCAPES, ACDC),
+    zerowaste_v1=make_pair(ZEROWASTE_V1, ZEROWASTE_V2),
+    zerowaste_v1_merged=make_pair(ZEROWASTE_V1_MERGED, ZEROWASTE_V2),
+    town=make_pair(TOWN, CAMVID),
+    demo=make_pair(DEMO_SOURCE, DEMO_TARGET),
+)
 
 # %% ../../nbs/data/04_pairs.ipynb #fc321a1c
 def get_dataset_spec(
-    name:str,    # a key of `DATASETS`, or of `own`
-    own:dict={}, # your own: name -> description, see `parse_dataset_spec`
-    role='',     # 'source' or 'target': the demo has one for each
-)->SegSpec:
+    name: str,  # a key of `DATASETS`, or of `own`
+    own: dict = {},  # your own: name -> description, see `parse_dataset_spec`
+    role='',  # 'source' or 'target': the demo has one for each
+) -> SegSpec:
     "Look a dataset up; an unknown name raises `ValueError` with the nearest known"
-    if name in own: return parse_dataset_spec(name, own[name])
-    return DATASETS.get(f'{name}_{role}') or lookup(name, {**DATASETS, **own}, f'{role} dataset'.strip())
+    if name in own:
+        return parse_dataset_spec(name, own[name])
+    return DATASETS.get(f'{name}_{role}') or lookup(
+        name, {**DATASETS, **own}, f'{role} dataset'.strip()
+    )
 
-def as_tuple(x)->tuple:
+
+def as_tuple(x) -> tuple:
     "One name or a list of names, as a tuple"
-    return (x,) if isinstance(x,str) else tuple(x)
+    return (x,) if isinstance(x, str) else tuple(x)
+
 
 def get_pair(
-    source,      # a key of `PAIRS`, `DATASETS` or `own`, or a list of such
-    target=None, # the same; None = the source's usual partner
-    own:dict={}, # your own datasets: name -> description, see `parse_dataset_spec`
-    weights=None,# how often each source is drawn; None = by its number of images
-)->Pair:
+    source,  # a key of `PAIRS`, `DATASETS` or `own`, or a list of such
+    target=None,  # the same; None = the source's usual partner
+    own: dict = {},  # your own datasets: name -> description, see `parse_dataset_spec`
+    weights=None,  # how often each source is drawn; None = by its number of images
+) -> Pair:
     "Look a pair up by names; an unknown one raises `ValueError` with the nearest known"
     src = as_tuple(source)
     if target is None:
         usual = lookup(src[0], PAIRS, 'source')
-        if len(src)==1: return usual
-        return make_pair([get_dataset_spec(s, own, 'source') for s in src], usual.targets, weights=weights and tuple(weights))
-    return make_pair([get_dataset_spec(s, own, 'source') for s in src], [get_dataset_spec(t, own, 'target') for t in as_tuple(target)],
-                     weights=weights and tuple(weights))
+        if len(src) == 1:
+            return usual
+        return make_pair(
+            [get_dataset_spec(s, own, 'source') for s in src],
+            usual.targets,
+            weights=weights and tuple(weights),
+        )
+    return make_pair(
+        [get_dataset_spec(s, own, 'source') for s in src],
+        [get_dataset_spec(t, own, 'target') for t in as_tuple(target)],
+        weights=weights and tuple(weights),
+    )

@@ -10,143 +10,257 @@ __all__ = ['stored_ids', 'label_layout', 'read_export_journal', 'has_written_fil
 import json
 from dataclasses import replace
 from pathlib import Path
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
+
 from ..core.image_io import read_label
 from ..core.labels import remap
 from ..core.storage import read_json
-from ..core.types import normalize, Sample
+from ..core.types import Sample, normalize
 from ..core.utils import resolve
 from .datasets import LabelFiles
 
 # %% ../../nbs/data/13_pseudo_labels.ipynb #95c48ac8
-def stored_ids(space)->tuple:
+def stored_ids(space) -> tuple:
     "The number of each class in the files"
     return tuple(space.train_ids or range(len(space)))
 
+
 def label_layout(
     spec,  # `SegSpec`
-    space, # `LabelSpace`
-)->tuple: # (folder below `out`, with {split}; suffix)
+    space,  # `LabelSpace`
+) -> tuple:  # (folder below `out`, with {split}; suffix)
     "Where the pseudo-labels of a dataset go"
-    same = [k for k in spec.labels if k.read is read_label and all(k.ids.get(n)==n for n in stored_ids(space))]
-    if not spec.labels: return 'labels/{split}','.png'
+    same = [
+        k
+        for k in spec.labels
+        if k.read is read_label and all(k.ids.get(n) == n for n in stored_ids(space))
+    ]
+    if not spec.labels:
+        return 'labels/{split}', '.png'
     k = (same or spec.labels)[0]
-    return k.folder,k.suffix if k.suffix.lower().endswith('.png') else k.suffix[:k.suffix.rfind('.')]+'.png'
+    return k.folder, k.suffix if k.suffix.lower().endswith('.png') else k.suffix[
+        : k.suffix.rfind('.')
+    ] + '.png'
 
 # %% ../../nbs/data/13_pseudo_labels.ipynb #e5f2c53c
 def _files(
-    folder, # `SegDataset` or the like
-    out:Path,
+    folder,  # `SegDataset` or the like
+    out: Path,
     space,
-)->list: # for each image its label file, relative to `out`
+) -> list:  # for each image its label file, relative to `out`
     "Label files of all images; clashes raise `ValueError`"
-    where,suffix = label_layout(folder.spec, space)
-    names,seen = [f'{where.format(split=p)}/{folder.stem(i)}{suffix}'.removeprefix('./') for i,p in enumerate(folder._part)],{}
+    where, suffix = label_layout(folder.spec, space)
+    names, seen = (
+        [
+            f'{where.format(split=p)}/{folder.stem(i)}{suffix}'.removeprefix('./')
+            for i, p in enumerate(folder._part)
+        ],
+        {},
+    )
     root = resolve(folder.root)
-    if out==root or out.is_relative_to(root/folder.spec.images.split('{split}')[0]):
-        raise ValueError(f'{out} lies in the dataset {folder.spec.name} itself, where labels would be taken for images or for drawn ones; choose another `out`')
-    for n,f in zip(folder.names, names):
-        if f in seen: raise ValueError(f'{seen[f]} and {n} would both be labelled by {out/f}; rename one of them')
+    if out == root or out.is_relative_to(root / folder.spec.images.split('{split}')[0]):
+        raise ValueError(
+            f'{out} lies in the dataset {folder.spec.name} itself, where labels would be taken for images or for drawn ones; choose another `out`'
+        )
+    for n, f in zip(folder.names, names):
+        if f in seen:
+            raise ValueError(
+                f'{seen[f]} and {n} would both be labelled by {out / f}; rename one of them'
+            )
         seen[f] = n
     return names
 
 # %% ../../nbs/data/13_pseudo_labels.ipynb #302c54e7
-def read_export_journal(out)->dict: # name -> row, the last one of each image
+def read_export_journal(out) -> dict:  # name -> row, the last one of each image
     "The journal of a folder of pseudo-labels; lines that are not rows are dropped"
-    rows,path = {},Path(out)/'pseudo.jsonl'
+    rows, path = {}, Path(out) / 'pseudo.jsonl'
     for line in path.read_bytes().split(b'\n') if path.exists() else ():
         try:
             r = json.loads(line)
-            if all(len(r[k])==len(r['px']) for k in ('px','kept','conf')) and r['bytes'].items(): rows[r['name']] = r
-        except (ValueError,TypeError,KeyError,AttributeError): pass
+            if (
+                all(len(r[k]) == len(r['px']) for k in ('px', 'kept', 'conf'))
+                and r['bytes'].items()
+            ):
+                rows[r['name']] = r
+        except (ValueError, TypeError, KeyError, AttributeError):
+            pass
     return rows
 
-def has_written_files(out, row)->bool:
-    "Do the files of a row have the sizes they were written with?"
-    try: return all((Path(out)/f).stat().st_size==n for f,n in row['bytes'].items())
-    except OSError: return False
 
-def read_export_record(out)->dict:
+def has_written_files(out, row) -> bool:
+    "Do the files of a row have the sizes they were written with?"
+    try:
+        return all((Path(out) / f).stat().st_size == n for f, n in row['bytes'].items())
+    except OSError:
+        return False
+
+
+def read_export_record(out) -> dict:
     "How the pseudo-labels in a folder were made; `FileNotFoundError` if nothing says so, `ValueError` if it is damaged"
-    path = Path(out)/'pseudo.json'
-    if not path.exists(): raise FileNotFoundError(f'{path.parent} holds no pseudo-labels: there is no pseudo.json; write them with nbs/pseudo_label.ipynb')
-    try: return dict(read_json(path))
-    except (ValueError,TypeError) as e: raise ValueError(f'{path}: damaged ({e}); delete {path.parent} and export again') from e
+    path = Path(out) / 'pseudo.json'
+    if not path.exists():
+        raise FileNotFoundError(
+            f'{path.parent} holds no pseudo-labels: there is no pseudo.json; write them with nbs/pseudo_label.ipynb'
+        )
+    try:
+        return dict(read_json(path))
+    except (ValueError, TypeError) as e:
+        raise ValueError(f'{path}: damaged ({e}); delete {path.parent} and export again') from e
 
 # %% ../../nbs/data/13_pseudo_labels.ipynb #b52c580b
 def pseudo_stats(
-    out, # folder of `export_pseudo`
-)->pd.DataFrame: # a row per class and `all`; in %: share of predicted pixels, coverage, share of kept pixels, mean confidence; in how many images it was kept
+    out,  # folder of `export_pseudo`
+) -> pd.DataFrame:  # a row per class and `all`; in %: share of predicted pixels, coverage, share of kept pixels, mean confidence; in how many images it was kept
     "What pseudo-labels show, and how much of it reached the thresholds"
     out = resolve(out)
-    stamp,rows = read_export_record(out),[r for r in read_export_journal(out).values() if has_written_files(out, r)]
-    if not rows: raise ValueError(f'{out}: no pseudo-label is finished; export them first')
-    px,kept,conf = (np.array([r[k] for r in rows], float) for k in ('px','kept','conf'))
-    tab = pd.DataFrame(dict(pixels=px.sum(0), kept=kept.sum(0), sum=(px*conf).sum(0), images=(kept>0).sum(0)), index=stamp['classes'])
-    tab.loc['all'] = [*tab[['pixels','kept','sum']].sum(), len(rows)]
-    per = lambda a,b: 100*a/b.where(b>0)
-    return pd.DataFrame(dict(share=100*tab.pixels/tab.pixels['all'], coverage=per(tab.kept, tab.pixels), kept=100*tab.kept/max(tab.kept['all'],1),
-                             confidence=per(tab['sum'], tab.pixels), pixels=tab.pixels.astype('int64'), images=tab.images.astype('int64')))
+    stamp, rows = (
+        read_export_record(out),
+        [r for r in read_export_journal(out).values() if has_written_files(out, r)],
+    )
+    if not rows:
+        raise ValueError(f'{out}: no pseudo-label is finished; export them first')
+    px, kept, conf = (np.array([r[k] for r in rows], float) for k in ('px', 'kept', 'conf'))
+    tab = pd.DataFrame(
+        dict(pixels=px.sum(0), kept=kept.sum(0), sum=(px * conf).sum(0), images=(kept > 0).sum(0)),
+        index=stamp['classes'],
+    )
+    tab.loc['all'] = [*tab[['pixels', 'kept', 'sum']].sum(), len(rows)]
+
+    def per(a, b):
+        return 100 * a / b.where(b > 0)
+
+    return pd.DataFrame(
+        dict(
+            share=100 * tab.pixels / tab.pixels['all'],
+            coverage=per(tab.kept, tab.pixels),
+            kept=100 * tab.kept / max(tab.kept['all'], 1),
+            confidence=per(tab['sum'], tab.pixels),
+            pixels=tab.pixels.astype('int64'),
+            images=tab.images.astype('int64'),
+        )
+    )
 
 # %% ../../nbs/data/13_pseudo_labels.ipynb #a459fdf7
 def show_pseudo(
-    out,      # folder of `export_pseudo`
-    title='', # above the figure
+    out,  # folder of `export_pseudo`
+    title='',  # above the figure
 ):
     "Share of each class in all pixels, before and after the threshold, with its coverage; the figure"
     tab = pseudo_stats(out)
-    total,each = tab.loc['all'],tab.drop('all').sort_values('share', ascending=False, kind='stable')
-    fig,ax = plt.subplots(figsize=(6, .2*len(each)+.7), layout='constrained')
-    y,left = np.arange(len(each)),each.share*each.coverage.fillna(0)/100
-    ax.barh(y, each.share, .75, color='#b0b6bc', label='predicted'); ax.barh(y, left, .45, color='#2878b5', label='kept')
-    for i,(s,c) in enumerate(zip(each.share, each.coverage)): ax.text(s+.6, i, 'never' if np.isnan(c) else f'{c:.0f} %', va='center', fontsize=6.5, color='.35')
-    ax.set(yticks=y, yticklabels=each.index, ylim=(len(each)-.4,-.6), xlim=(0, max(each.share.max()*1.12, 1)))
+    total, each = (
+        tab.loc['all'],
+        tab.drop('all').sort_values('share', ascending=False, kind='stable'),
+    )
+    fig, ax = plt.subplots(figsize=(6, 0.2 * len(each) + 0.7), layout='constrained')
+    y, left = np.arange(len(each)), each.share * each.coverage.fillna(0) / 100
+    ax.barh(y, each.share, 0.75, color='#b0b6bc', label='predicted')
+    ax.barh(y, left, 0.45, color='#2878b5', label='kept')
+    for i, (s, c) in enumerate(zip(each.share, each.coverage)):
+        ax.text(
+            s + 0.6,
+            i,
+            'never' if np.isnan(c) else f'{c:.0f} %',
+            va='center',
+            fontsize=6.5,
+            color='.35',
+        )
+    ax.set(
+        yticks=y,
+        yticklabels=each.index,
+        ylim=(len(each) - 0.4, -0.6),
+        xlim=(0, max(each.share.max() * 1.12, 1)),
+    )
     ax.set_xlabel('share of all pixels (%); beside the bars: coverage', size=7)
-    ax.set_title((title and title+': ')+f'{total.coverage:.1f} % of the pixels of {total.images:.0f} images kept', fontsize=8)
-    ax.tick_params(labelsize=7); ax.legend(fontsize=7, frameon=False, loc='lower right'); ax.spines[['top','right']].set_visible(False)
+    ax.set_title(
+        (title and title + ': ')
+        + f'{total.coverage:.1f} % of the pixels of {total.images:.0f} images kept',
+        fontsize=8,
+    )
+    ax.tick_params(labelsize=7)
+    ax.legend(fontsize=7, frameon=False, loc='lower right')
+    ax.spines[['top', 'right']].set_visible(False)
     plt.close(fig)
     return fig
 
 # %% ../../nbs/data/13_pseudo_labels.ipynb #8971e042
 def pseudo_spec(
     spec,  # `SegSpec` of the dataset that was labelled
-    out,   # folder of `export_pseudo`
-    space, # the `LabelSpace` of the labels
-): # `SegSpec`
+    out,  # folder of `export_pseudo`
+    space,  # the `LabelSpace` of the labels
+):  # `SegSpec`
     "The dataset with its pseudo-labels for labels; a folder that does not fit raises `ValueError`"
     out = resolve(out)
     stamp = read_export_record(out)
-    for k,now in dict(dataset=spec.name, classes=list(space.classes), layout=list(label_layout(spec, space))).items():
-        if stamp[k]!=now: raise ValueError(f'{out}: these pseudo-labels have the {k} {stamp[k]}, asked for is {now}; give the folder exported for it')
-    where,suffix = stamp['layout']
-    files = LabelFiles(f'{str(out).replace("{","{{").replace("}","}}")}/{where}', suffix, {n:n for n in stored_ids(space)})
-    return replace(spec, labels=(files,), space=space, merge={}, stats=str(out/'.class_stats.json'))
+    for k, now in dict(
+        dataset=spec.name, classes=list(space.classes), layout=list(label_layout(spec, space))
+    ).items():
+        if stamp[k] != now:
+            raise ValueError(
+                f'{out}: these pseudo-labels have the {k} {stamp[k]}, asked for is {now}; give the folder exported for it'
+            )
+    where, suffix = stamp['layout']
+    files = LabelFiles(
+        f'{str(out).replace("{", "{{").replace("}", "}}")}/{where}',
+        suffix,
+        {n: n for n in stored_ids(space)},
+    )
+    return replace(
+        spec, labels=(files,), space=space, merge={}, stats=str(out / '.class_stats.json')
+    )
+
 
 def labelled_names(
-    out, # folder of `export_pseudo`
-)->list: # names of the images
+    out,  # folder of `export_pseudo`
+) -> list:  # names of the images
     "Images of the journal whose label is there; before the end of an export fewer than the record's `images`"
-    there = lambda r: all((Path(out)/f).is_file() for f in r['bytes'] if not f.startswith('confidence/'))
-    return [n for n,r in read_export_journal(out).items() if there(r)]
+
+    def there(r):
+        return all((Path(out) / f).is_file() for f in r['bytes'] if not f.startswith('confidence/'))
+
+    return [n for n, r in read_export_journal(out).items() if there(r)]
 
 # %% ../../nbs/data/13_pseudo_labels.ipynb #e063d400
 def pseudo_sample(
-    folder, # the `SegDataset` that was labelled
-    out,    # folder of `export_pseudo`
-    idx,    # which images; all are shown at the size of the first
+    folder,  # the `SegDataset` that was labelled
+    out,  # folder of `export_pseudo`
+    idx,  # which images; all are shown at the size of the first
     space,  # the `LabelSpace` of the labels
-)->Sample: # images, pseudo-labels, confidence as weights if it was written
+) -> Sample:  # images, pseudo-labels, confidence as weights if it was written
     "Some images with what was written for them"
     out = resolve(out)
-    files,fix,xs = _files(folder, out, space),lambda a,hw,how: np.array(Image.fromarray(a).resize(hw[::-1], how)),[]
+    files = _files(folder, out, space)
+
+    def fix(a, hw, how):
+        return np.array(Image.fromarray(a).resize(hw[::-1], how))
+
+    xs = []
     size = folder.image(idx[0]).shape[:2]
     for i in idx:
-        lbl,conf = remap(read_label(out/files[i]), space.lookup_table(), out/files[i]),out/'confidence'/Path(files[i]).with_suffix('.png')
-        wgt = torch.from_numpy(fix(read_label(conf), size, Image.Resampling.NEAREST))/255 if conf.exists() else None
-        xs.append((normalize(fix(folder.image(i), size, Image.Resampling.BILINEAR)), torch.from_numpy(fix(lbl, size, Image.Resampling.NEAREST)).long(), wgt))
-    img,lbl,wgt = zip(*xs)
-    return Sample(torch.stack(img), torch.stack(lbl), None if any(w is None for w in wgt) else torch.stack(wgt), tuple(folder.names[i] for i in idx))
+        lbl, conf = (
+            remap(read_label(out / files[i]), space.lookup_table(), out / files[i]),
+            out / 'confidence' / Path(files[i]).with_suffix('.png'),
+        )
+        wgt = (
+            torch.from_numpy(fix(read_label(conf), size, Image.Resampling.NEAREST)) / 255
+            if conf.exists()
+            else None
+        )
+        xs.append(
+            (
+                normalize(fix(folder.image(i), size, Image.Resampling.BILINEAR)),
+                torch.from_numpy(fix(lbl, size, Image.Resampling.NEAREST)).long(),
+                wgt,
+            )
+        )
+    img, lbl, wgt = zip(*xs)
+    return Sample(
+        torch.stack(img),
+        torch.stack(lbl),
+        None if any(w is None for w in wgt) else torch.stack(wgt),
+        tuple(folder.names[i] for i in idx),
+    )

@@ -7,58 +7,88 @@ __all__ = ['RareClassSampler', 'scaled_rcs_limits']
 
 # %% ../../nbs/data/06_samplers.ipynb #c567c475
 import warnings
+
 import numpy as np
 from fastcore.basics import patch
+
 from .concat import normalize_weights
 
 # %% ../../nbs/data/06_samplers.ipynb #0357f540
 class RareClassSampler:
     "Draw a class, rare ones more often, then an image that shows it"
-    def __init__(self,
-        stats:list,     # from `class_stats`
-        n_classes:int,  # classes 0…n-1
-        T=.01,          # temperature of the softmax over 1 - frequency
-        min_px=3000,    # an image shows a class if it has more pixels of it than this, at native size
-        names=None,     # class names for the warning, e.g. `space.classes`
-        share=None,     # how often each image is drawn otherwise, see `ConcatSegDataset.share`; None = all alike
+
+    def __init__(
+        self,
+        stats: list,  # from `class_stats`
+        n_classes: int,  # classes 0…n-1
+        T=0.01,  # temperature of the softmax over 1 - frequency
+        min_px=3000,  # an image shows a class if it has more pixels of it than this, at native size
+        names=None,  # class names for the warning, e.g. `space.classes`
+        share=None,  # how often each image is drawn otherwise, see `ConcatSegDataset.share`; None = all alike
     ):
-        self.px = np.array([[n.get(c,0) for c in range(n_classes)] for _,n in stats], np.int64).reshape(-1, n_classes)
-        w = np.ones(len(self.px), np.int64) if share is None else normalize_weights(share, len(self.px), 'share')
-        self.w = w if share is None else w/w.max()   # 1 for the images drawn most: equal shares are exactly none
-        self.total = (self.px*self.w[:,None]).sum(0)
-        if not self.total.any(): raise ValueError(f'rare-class sampling: no labelled pixel of {n_classes} classes in {len(stats)} labels; train without rcs')
-        self.freq,there = self.total/self.total.sum(),self.total>0
-        e = np.where(there, np.exp((self.freq[there].min()-self.freq)/T), 0)
-        self.prob,self.min_px,px = e/e.sum(),np.full(n_classes, min_px),self.px*(self.w>0)[:,None]
+        self.px = np.array(
+            [[n.get(c, 0) for c in range(n_classes)] for _, n in stats], np.int64
+        ).reshape(-1, n_classes)
+        w = (
+            np.ones(len(self.px), np.int64)
+            if share is None
+            else normalize_weights(share, len(self.px), 'share')
+        )
+        self.w = (
+            w if share is None else w / w.max()
+        )  # 1 for the images drawn most: equal shares are exactly none
+        self.total = (self.px * self.w[:, None]).sum(0)
+        if not self.total.any():
+            raise ValueError(
+                f'rare-class sampling: no labelled pixel of {n_classes} classes in {len(stats)} labels; train without rcs'
+            )
+        self.freq, there = self.total / self.total.sum(), self.total > 0
+        e = np.where(there, np.exp((self.freq[there].min() - self.freq) / T), 0)
+        self.prob = e / e.sum()
+        self.min_px = np.full(n_classes, min_px)
+        px = self.px * (self.w > 0)[:, None]
         for c in np.flatnonzero(there):
-            while px[:,c].max()<=self.min_px[c]: self.min_px[c] //= 2
-        self.files = [np.flatnonzero(px[:,c]>self.min_px[c]) for c in range(n_classes)]
+            while px[:, c].max() <= self.min_px[c]:
+                self.min_px[c] //= 2
+        self.files = [np.flatnonzero(px[:, c] > self.min_px[c]) for c in range(n_classes)]
         self._warn_undrawable(there, min_px, names or range(n_classes))
 
 # %% ../../nbs/data/06_samplers.ipynb #98f9ae9e
 @patch
-def draw(self:RareClassSampler, rng:np.random.Generator)->tuple: # (index of an image, class)
+def draw(self: RareClassSampler, rng: np.random.Generator) -> tuple:  # (index of an image, class)
     "One image, and the class that it was chosen for"
     c = int(rng.choice(len(self.prob), p=self.prob))
-    f,w = self.files[c],self.w[self.files[c]]
-    return int(f[rng.integers(len(f)) if w.min()==w.max() else rng.choice(len(f), p=w/w.sum())]),c
+    f, w = self.files[c], self.w[self.files[c]]
+    return int(
+        f[rng.integers(len(f)) if w.min() == w.max() else rng.choice(len(f), p=w / w.sum())]
+    ), c
+
 
 @patch
-def _warn_undrawable(self:RareClassSampler, there, min_px, names):
+def _warn_undrawable(self: RareClassSampler, there, min_px, names):
     "One warning for all classes that cannot be drawn as asked"
-    absent = [str(n) for n,t in zip(names,there) if not t]
-    small = [f'{n} (now {m})' for n,t,m in zip(names,there,self.min_px) if t and m<min_px]
+    absent = [str(n) for n, t in zip(names, there) if not t]
+    small = [f'{n} (now {m})' for n, t, m in zip(names, there, self.min_px) if t and m < min_px]
     says = [f'never occur and will not be drawn: {", ".join(absent)}'] if absent else []
-    if small: says.append(f'have no image with more than {min_px} px, their limit is lowered: {", ".join(small)}')
-    if says: warnings.warn('rare-class sampling: classes that '+'; classes that '.join(says))
+    if small:
+        says.append(
+            f'have no image with more than {min_px} px, their limit is lowered: {", ".join(small)}'
+        )
+    if says:
+        warnings.warn('rare-class sampling: classes that ' + '; classes that '.join(says))
 
 # %% ../../nbs/data/06_samplers.ipynb #87aee23a
 def scaled_rcs_limits(
-    native,   # (H,W) of the label files
-    fitted,   # (H,W) after scaling, before the crop
-    ratio=.5, # upstream's min_crop_ratio, as it is at DAFormer's scale
+    native,  # (H,W) of the label files
+    fitted,  # (H,W) after scaling, before the crop
+    ratio=0.5,  # upstream's min_crop_ratio, as it is at DAFormer's scale
     px=3000,  # upstream's min_pixels, as it is at GTA's size
-)->tuple: # (min_px for `RareClassSampler`, min_crop_px for `train_loader`)
+) -> tuple:  # (min_px for `RareClassSampler`, min_crop_px for `train_loader`)
     "DAFormer's pixel limits, scaled by area from GTA's 1052x1914 files and 704x1280 scaled images"
-    area = lambda hw: hw[0]*hw[1]
-    return round(px*area(native)/area((1052,1914))),round(px*ratio*area(fitted)/area((704,1280)))
+
+    def area(hw):
+        return hw[0] * hw[1]
+
+    return round(px * area(native) / area((1052, 1914))), round(
+        px * ratio * area(fitted) / area((704, 1280))
+    )

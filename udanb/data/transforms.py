@@ -9,175 +9,260 @@ __all__ = ['MAX_CROP_ATTEMPTS', 'AUGMENTATIONS', 'resized_shape', 'resize_keep_r
 
 # %% ../../nbs/data/07_transforms.ipynb #6255855c
 from functools import lru_cache, partial
+
 import albumentations as A
 import cv2
 import numpy as np
 import torch
+
 from ..core.labels import bincount_ids
-from ..core.types import IGNORE, IMAGENET_MEAN, normalize, Sample
+from ..core.types import IGNORE, IMAGENET_MEAN, Sample, normalize
 from ..core.utils import lookup
 
 # %% ../../nbs/data/07_transforms.ipynb #bbe78609
 def resized_shape(
-    hw,    # (H,W) of the image
+    hw,  # (H,W) of the image
     size,  # (H,W) to fit inside: long side into long side, short into short
-)->tuple: # (H,W) after scaling
+) -> tuple:  # (H,W) after scaling
     "The largest size of the same aspect inside `size`"
-    f = min(max(size)/max(hw), min(size)/min(hw))
-    return tuple(max(1, int(n*f+.5)) for n in hw)
+    f = min(max(size) / max(hw), min(size) / min(hw))
+    return tuple(max(1, int(n * f + 0.5)) for n in hw)
+
 
 def resize_keep_ratio(
-    img:np.ndarray, # (H,W,3) image or (H,W) label, uint8
-    size,           # (H,W) to fit inside; None = leave it alone
+    img: np.ndarray,  # (H,W,3) image or (H,W) label, uint8
+    size,  # (H,W) to fit inside; None = leave it alone
     nearest=False,  # True for labels: never invent an id between two others
-)->np.ndarray: # the same at its new size
+) -> np.ndarray:  # the same at its new size
     "Scale to fit inside `size`"
-    h,w = img.shape[:2] if size is None else resized_shape(img.shape[:2], size)
-    if (h,w)==img.shape[:2]: return img
-    return cv2.resize(img, (w,h), interpolation=cv2.INTER_NEAREST if nearest else cv2.INTER_LINEAR)
+    h, w = img.shape[:2] if size is None else resized_shape(img.shape[:2], size)
+    if (h, w) == img.shape[:2]:
+        return img
+    return cv2.resize(img, (w, h), interpolation=cv2.INTER_NEAREST if nearest else cv2.INTER_LINEAR)
 
 # %% ../../nbs/data/07_transforms.ipynb #7566b9a8
-MAX_CROP_ATTEMPTS = 10   # redraws, for each of the two wishes
+MAX_CROP_ATTEMPTS = 10  # redraws, for each of the two wishes
+
 
 def has_class_variety(
-    n:np.ndarray,  # (256,) pixels of each id in a crop
-    cat_max:float, # the largest class must stay below this share of the labelled pixels
-)->bool:
+    n: np.ndarray,  # (256,) pixels of each id in a crop
+    cat_max: float,  # the largest class must stay below this share of the labelled pixels
+) -> bool:
     "Two classes or more, none of them everywhere"
     n = n[:IGNORE]
-    return bool((n>0).sum()>1 and n.max()<cat_max*n.sum())
+    return bool((n > 0).sum() > 1 and n.max() < cat_max * n.sum())
+
 
 class ClassAwareCrop(A.RandomCrop):
     "A random crop that is drawn again until its label is worth a look; pads at the right and the bottom"
+
     cat_max = None
+
     def get_params_dependent_on_data(self, params, data):
-        lbl,(want,min_px) = data.get('mask'),data.get('want') or (None,0)
+        lbl, (want, min_px) = data.get('mask'), data.get('want') or (None, 0)
         draw = partial(super().get_params_dependent_on_data, params, data)
-        for _ in range(MAX_CROP_ATTEMPTS+1):
-            for _ in range(MAX_CROP_ATTEMPTS+1):
+        for _ in range(MAX_CROP_ATTEMPTS + 1):
+            for _ in range(MAX_CROP_ATTEMPTS + 1):
                 p = draw()
-                if lbl is None or (want is None and self.cat_max is None): return p
-                x0,y0,x1,y1 = p['crop_coords']
-                n = bincount_ids(lbl[y0:y1,x0:x1])
-                if self.cat_max is None or has_class_variety(n, self.cat_max): break
-            if want is None or n[want]>min_px: break
+                if lbl is None or (want is None and self.cat_max is None):
+                    return p
+                x0, y0, x1, y1 = p['crop_coords']
+                n = bincount_ids(lbl[y0:y1, x0:x1])
+                if self.cat_max is None or has_class_variety(n, self.cat_max):
+                    break
+            if want is None or n[want] > min_px:
+                break
         return p
 
 # %% ../../nbs/data/07_transforms.ipynb #2e06a5cf
 @lru_cache(8)
 def margin_mask(
-    hw:tuple,      # (H,W) of the native image
-    margins:tuple, # top, bottom, left, right: native pixels nobody should trust; None = none
-    size=None,     # (H,W) to fit it inside; None = native size
-)->np.ndarray: # uint8, read-only: `IGNORE` in the margins, else 0 (so that it pads, scales and flips like a label)
+    hw: tuple,  # (H,W) of the native image
+    margins: tuple,  # top, bottom, left, right: native pixels nobody should trust; None = none
+    size=None,  # (H,W) to fit it inside; None = native size
+) -> np.ndarray:  # uint8, read-only: `IGNORE` in the margins, else 0 (so that it pads, scales and flips like a label)
     "Where an image is not to be trusted; margins that leave nothing raise `ValueError`"
-    (h,w),(t,b,l,r) = hw,margins or (0,0,0,0)
-    if t+b>=h or l+r>=w or min(t,b,l,r)<0: raise ValueError(f'margins {margins} (top, bottom, left, right) leave nothing of an image of {h}x{w}')
+    (h, w), (t, b, l, r) = hw, margins or (0, 0, 0, 0)
+    if t + b >= h or l + r >= w or min(t, b, l, r) < 0:
+        raise ValueError(
+            f'margins {margins} (top, bottom, left, right) leave nothing of an image of {h}x{w}'
+        )
     m = np.full(hw, IGNORE, np.uint8)
-    m[t:h-b,l:w-r] = 0
+    m[t : h - b, l : w - r] = 0
     m = resize_keep_ratio(m, size, nearest=True)
     m.flags.writeable = False
     return m
 
 # %% ../../nbs/data/07_transforms.ipynb #a82f45ab
 def affine_lut(
-    a=1., b=0., # factor and summand
-)->np.ndarray: # (256,) uint8
+    a=1.0,
+    b=0.0,  # factor and summand
+) -> np.ndarray:  # (256,) uint8
     "What a·x + b makes of each byte: clipped, fraction dropped"
-    return np.clip(np.arange(256, dtype=np.float32)*a+b, 0, 255).astype(np.uint8)
+    return np.clip(np.arange(256, dtype=np.float32) * a + b, 0, 255).astype(np.uint8)
+
 
 def apply_hsv_lut(
-    img:np.ndarray, # (H,W,3) uint8 RGB
-    channel:int,    # 0 hue (0…179), 1 saturation, 2 value
-    lut:np.ndarray, # (256,) uint8
-)->np.ndarray: # (H,W,3) uint8 RGB
+    img: np.ndarray,  # (H,W,3) uint8 RGB
+    channel: int,  # 0 hue (0…179), 1 saturation, 2 value
+    lut: np.ndarray,  # (256,) uint8
+) -> np.ndarray:  # (H,W,3) uint8 RGB
     "Send one channel of HSV through a table"
-    luts = affine_lut()[None,:,None].repeat(3, 2)
-    luts[...,channel] = lut
+    luts = affine_lut()[None, :, None].repeat(3, 2)
+    luts[..., channel] = lut
     return cv2.cvtColor(cv2.LUT(cv2.cvtColor(img, cv2.COLOR_RGB2HSV), luts), cv2.COLOR_HSV2RGB)
 
 # %% ../../nbs/data/07_transforms.ipynb #58ce44f0
 class PhotoMetricDistortion(A.ImageOnlyTransform):
     "Other light, with mmsegmentation's arithmetic and order; uint8 RGB only"
+
     def get_params(self):
         r = self.py_random
-        coin = lambda: r.random()<.5
-        on = lambda v: v if coin() else None
-        return dict(brightness=on(r.uniform(-32,32)), contrast=on(r.uniform(.5,1.5)), saturation=on(r.uniform(.5,1.5)),
-                    hue=on(r.randrange(-18,18)), contrast_first=coin())
+
+        def coin():
+            return r.random() < 0.5
+
+        def on(v):
+            return v if coin() else None
+
+        return dict(
+            brightness=on(r.uniform(-32, 32)),
+            contrast=on(r.uniform(0.5, 1.5)),
+            saturation=on(r.uniform(0.5, 1.5)),
+            hue=on(r.randrange(-18, 18)),
+            contrast_first=coin(),
+        )
 
     def apply(self, img, brightness, contrast, saturation, hue, contrast_first, **params):
-        stretch = lambda x: x if contrast is None else cv2.LUT(x, affine_lut(contrast))
-        if brightness is not None: img = cv2.LUT(img, affine_lut(b=brightness))
-        if contrast_first: img = stretch(img)
-        if saturation is not None: img = apply_hsv_lut(img, 1, affine_lut(saturation))
-        if hue is not None: img = apply_hsv_lut(img, 0, np.uint8((np.arange(256)+hue)%180))
+        def stretch(x):
+            return x if contrast is None else cv2.LUT(x, affine_lut(contrast))
+
+        if brightness is not None:
+            img = cv2.LUT(img, affine_lut(b=brightness))
+        if contrast_first:
+            img = stretch(img)
+        if saturation is not None:
+            img = apply_hsv_lut(img, 1, affine_lut(saturation))
+        if hue is not None:
+            img = apply_hsv_lut(img, 0, np.uint8((np.arange(256) + hue) % 180))
         return img if contrast_first else stretch(img)
 
 # %% ../../nbs/data/07_transforms.ipynb #9bbe252c
 class GaussNoise2022(A.ImageOnlyTransform):
     "albumentations' `GaussNoise` with the unit and the defaults it had in 2022; uint8 only"
-    def get_params_dependent_on_data(self, params, data):
-        sigma = self.py_random.uniform(10, 50)**.5
-        return dict(noise=np.float32(sigma)*self.random_generator.standard_normal(params['shape'], np.float32))
-    def apply(self, img, noise, **params): return np.clip(img+noise, 0, 255).astype(np.uint8)
 
-def grid_shuffle()->A.RandomGridShuffle:
+    def get_params_dependent_on_data(self, params, data):
+        sigma = self.py_random.uniform(10, 50) ** 0.5
+        return dict(
+            noise=np.float32(sigma)
+            * self.random_generator.standard_normal(params['shape'], np.float32)
+        )
+
+    def apply(self, img, noise, **params):
+        return np.clip(img + noise, 0, 255).astype(np.uint8)
+
+
+def grid_shuffle() -> A.RandomGridShuffle:
     "Cut into 3×3 pieces and lay them anew, label and validity too"
-    return A.RandomGridShuffle((3,3), p=.5)
+    return A.RandomGridShuffle((3, 3), p=0.5)
 
 # %% ../../nbs/data/07_transforms.ipynb #5f66d0ad
-AUGMENTATIONS = dict(   # name -> function that makes a list of albumentations transforms
+AUGMENTATIONS = dict(  # name -> function that makes a list of albumentations transforms
     none=lambda: [],
-    photometric=lambda: [PhotoMetricDistortion(p=1)],   # its coins are its own
-    noise=lambda: [GaussNoise2022(p=.5)],
-    grid=lambda: [grid_shuffle()])
+    photometric=lambda: [PhotoMetricDistortion(p=1)],  # its coins are its own
+    noise=lambda: [GaussNoise2022(p=0.5)],
+    grid=lambda: [grid_shuffle()],
+)
 
 # %% ../../nbs/data/07_transforms.ipynb #1016c140
 class TrainTransform:
     "Scale, crop and flip an image with its label; tells which pixels are valid"
-    def __init__(self,
-        size=None,     # (H,W) to fit inside before cropping; None = native size
-        crop=(512,512),# (h,w) of the result
-        cat_max=None,  # redraw crops in which one class covers this share or more; .75 for sources, None for targets
-        flip=.5,       # probability of a horizontal flip
-        margins=None,  # (top,bottom,left,right) native pixels without trust
-        augment='none',# names of `AUGMENTATIONS`, in this order; unknown ones raise `ValueError`
-    ):
-        self.size,self.crop,self.margins = size,tuple(crop),margins and tuple(margins)
-        cut = ClassAwareCrop(*self.crop, pad_if_needed=True, pad_position='top_left', fill=tuple(round(255*m) for m in IMAGENET_MEAN), fill_mask=IGNORE)
-        cut.cat_max = cat_max
-        more = [t for a in ([augment] if isinstance(augment,str) else augment) for t in lookup(a, AUGMENTATIONS, 'augmentation')()]
-        self.geometry = A.Compose([cut, A.HorizontalFlip(p=flip), *more], additional_targets=dict(void='mask'))
 
-    def __call__(self,
-        img:np.ndarray,          # (H,W,3) uint8 RGB
-        lbl,                     # (H,W) uint8, or None
-        rng:np.random.Generator, # where chance comes from
-        want=None, min_px=0,     # prefer a crop with more than `min_px` pixels of class `want`
-    )->tuple: # (h,w,3) uint8, (h,w) uint8 or None, (h,w) uint8: 1 where the image may be trusted
+    def __init__(
+        self,
+        size=None,  # (H,W) to fit inside before cropping; None = native size
+        crop=(512, 512),  # (h,w) of the result
+        cat_max=None,  # redraw crops in which one class covers this share or more; .75 for sources, None for targets
+        flip=0.5,  # probability of a horizontal flip
+        margins=None,  # (top,bottom,left,right) native pixels without trust
+        augment='none',  # names of `AUGMENTATIONS`, in this order; unknown ones raise `ValueError`
+    ):
+        self.size = size
+        self.crop = tuple(crop)
+        self.margins = margins and tuple(margins)
+        cut = ClassAwareCrop(
+            *self.crop,
+            pad_if_needed=True,
+            pad_position='top_left',
+            fill=tuple(round(255 * m) for m in IMAGENET_MEAN),
+            fill_mask=IGNORE,
+        )
+        cut.cat_max = cat_max
+        more = [
+            t
+            for a in ([augment] if isinstance(augment, str) else augment)
+            for t in lookup(a, AUGMENTATIONS, 'augmentation')()
+        ]
+        self.geometry = A.Compose(
+            [cut, A.HorizontalFlip(p=flip), *more], additional_targets=dict(void='mask')
+        )
+
+    def __call__(
+        self,
+        img: np.ndarray,  # (H,W,3) uint8 RGB
+        lbl,  # (H,W) uint8, or None
+        rng: np.random.Generator,  # where chance comes from
+        want=None,
+        min_px=0,  # prefer a crop with more than `min_px` pixels of class `want`
+    ) -> tuple:  # (h,w,3) uint8, (h,w) uint8 or None, (h,w) uint8: 1 where the image may be trusted
         "One random view; a label of another size than its image raises `ValueError`"
-        if lbl is not None and lbl.shape!=img.shape[:2]: raise ValueError(f'the label is {lbl.shape}, its image {img.shape[:2]}; pair files of one size')
-        x = dict(image=resize_keep_ratio(img, self.size), void=margin_mask(img.shape[:2], self.margins, self.size))
-        if lbl is not None: x |= dict(mask=resize_keep_ratio(lbl, self.size, nearest=True), want=None if want is None else (want,min_px))
+        if lbl is not None and lbl.shape != img.shape[:2]:
+            raise ValueError(
+                f'the label is {lbl.shape}, its image {img.shape[:2]}; pair files of one size'
+            )
+        x = dict(
+            image=resize_keep_ratio(img, self.size),
+            void=margin_mask(img.shape[:2], self.margins, self.size),
+        )
+        if lbl is not None:
+            x |= dict(
+                mask=resize_keep_ratio(lbl, self.size, nearest=True),
+                want=None if want is None else (want, min_px),
+            )
         two = [int(rng.integers(2**32)) for _ in range(2)]
-        more = np.random.SeedSequence(two).generate_state(len(self.geometry.transforms)-2).tolist()
-        for t,s in zip(self.geometry.transforms, two+more): t.set_random_seed(s)
+        more = (
+            np.random.SeedSequence(two).generate_state(len(self.geometry.transforms) - 2).tolist()
+        )
+        for t, s in zip(self.geometry.transforms, two + more):
+            t.set_random_seed(s)
         x = self.geometry(**x)
-        return x['image'],x.get('mask'),(x['void']==0).astype(np.uint8)
+        return x['image'], x.get('mask'), (x['void'] == 0).astype(np.uint8)
 
 # %% ../../nbs/data/07_transforms.ipynb #6a7af6cb
 class EvalTransform:
     "Scale an image to fit inside `size`"
-    def __init__(self, size=None): self.size = size # (H,W); None = native size
-    def __call__(self, img:np.ndarray)->np.ndarray: return resize_keep_ratio(img, self.size)
+
+    def __init__(self, size=None):
+        self.size = size  # (H,W); None = native size
+
+    def __call__(self, img: np.ndarray) -> np.ndarray:
+        return resize_keep_ratio(img, self.size)
+
 
 def to_sample(
-    img:np.ndarray, # (H,W,3) uint8 RGB
-    lbl=None,       # (H,W) uint8, or None
-    valid=None,     # (H,W) uint8: 1 where the image may be trusted; None = everywhere
-    name='',        # the file
-)->Sample: # B=1
+    img: np.ndarray,  # (H,W,3) uint8 RGB
+    lbl=None,  # (H,W) uint8, or None
+    valid=None,  # (H,W) uint8: 1 where the image may be trusted; None = everywhere
+    name='',  # the file
+) -> Sample:  # B=1
     "Arrays to what flows through udanb"
-    t = lambda x: None if x is None else torch.from_numpy(np.ascontiguousarray(x))[None]
-    return Sample(normalize(img)[None], None if lbl is None else t(lbl).long(), None if valid is None else t(valid).float(), (str(name),))
+
+    def t(x):
+        return None if x is None else torch.from_numpy(np.ascontiguousarray(x))[None]
+
+    return Sample(
+        normalize(img)[None],
+        None if lbl is None else t(lbl).long(),
+        None if valid is None else t(valid).float(),
+        (str(name),),
+    )

@@ -13,165 +13,282 @@ import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
+
 import cv2
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from torch.utils.data import DataLoader
+
 from ..core.image_io import find_files
 from ..core.labels import LabelSpace, train_id_map
 from ..core.storage import atomic_write, read_json
 from ..core.types import IGNORE
 from ..core.utils import progress_bar
-from .cache import is_current, open_journal, pending_indices, process_pair, read_survey_journal
+from udanb.data.cache import (
+    is_current,
+    open_journal,
+    pending_indices,
+    process_pair,
+    read_survey_journal,
+)
 from .class_stats import label_keys, read_stats, stats_paths, write_stats
 from .datasets import SegDataset, SegSpec
 from .inspection import train_id_path
 
 # %% ../../nbs/data/12_validation.ipynb #96eb9ae0
 def open_splits(
-    spec:SegSpec,
-    root='data', # the data root
+    spec: SegSpec,
+    root='data',  # the data root
     limit=None,  # only the first so many images of each split
-)->tuple: # {split: SegDataset}, {split: why it, or its labels, are not there}
+) -> tuple:  # {split: SegDataset}, {split: why it, or its labels, are not there}
     "The splits of a dataset that can be opened; none at all raises `FileNotFoundError`"
-    whole,out,notes = replace(spec, exclude=()),{},{}
+    whole = replace(spec, exclude=())
+    out = {}
+    notes = {}
     for s in spec.splits:
-        try: out[s] = SegDataset(whole, root, s, labels=False, limit=limit)
-        except (FileNotFoundError,ValueError) as e:
+        try:
+            out[s] = SegDataset(whole, root, s, labels=False, limit=limit)
+        except (FileNotFoundError, ValueError) as e:
             notes[s] = e
             continue
-        dirs = [out[s].root/k.folder.format(split=p) for k in spec.labels for p in out[s].parts]
+        dirs = [out[s].root / k.folder.format(split=p) for k in spec.labels for p in out[s].parts]
         try:
-            if any(d.is_dir() for d in dirs): out[s] = SegDataset(whole, root, s, limit=limit, skip_broken=True)
-            else: notes[s] = 'no label folder: a target'
-        except (FileNotFoundError,ValueError) as e: notes[s] = e
-    if not out: raise next(iter(notes.values()))
+            if any(d.is_dir() for d in dirs):
+                out[s] = SegDataset(whole, root, s, limit=limit, skip_broken=True)
+            else:
+                notes[s] = 'no label folder: a target'
+        except (FileNotFoundError, ValueError) as e:
+            notes[s] = e
+    if not out:
+        raise next(iter(notes.values()))
     where = str(next(iter(out.values())).root)
-    return out,{s:str(e).replace(where+os.sep, '').replace(where, spec.folder).split('. ')[0] for s,e in notes.items()}
+    return out, {
+        s: str(e).replace(where + os.sep, '').replace(where, spec.folder).split('. ')[0]
+        for s, e in notes.items()
+    }
 
 # %% ../../nbs/data/12_validation.ipynb #847d8827
 def orphan_labels(
-    folders, # `SegDataset`s of one dataset: all its splits, opened without `limit`
-)->list: # sorted paths below the dataset's folder
+    folders,  # `SegDataset`s of one dataset: all its splits, opened without `limit`
+) -> list:  # sorted paths below the dataset's folder
     "Label files that belong to no image"
-    keys,stray = defaultdict(set),set()
+    keys, stray = defaultdict(set), set()
     for f in folders:
         root = f.root
-        for i,p in enumerate(f._part):
-            for k in f.spec.labels: keys[k.folder.format(split=p),k.suffix].add(f.stem(i))
-    for (d,suffix),have in keys.items():
-        longer = tuple(s for e,s in keys if e==d and s!=suffix and s.endswith(suffix))
-        for n in find_files(root/d, (suffix,), longer) if (root/d).is_dir() else ():
-            key = n[:-len(suffix)]
-            if not any(key[:m.start()] in have for m in re.finditer('_|$', key)): stray.add(f'{d}/{n}')
+        for i, p in enumerate(f._part):
+            for k in f.spec.labels:
+                keys[k.folder.format(split=p), k.suffix].add(f.stem(i))
+    for (d, suffix), have in keys.items():
+        longer = tuple(s for e, s in keys if e == d and s != suffix and s.endswith(suffix))
+        for n in find_files(root / d, (suffix,), longer) if (root / d).is_dir() else ():
+            key = n[: -len(suffix)]
+            if not any(key[: m.start()] in have for m in re.finditer('_|$', key)):
+                stray.add(f'{d}/{n}')
     return sorted(stray)
 
 # %% ../../nbs/data/12_validation.ipynb #8b0eedef
 @dataclass
 class _Work:
     "One image at a time, in a worker process"
-    folder:SegDataset; todo:list; had:dict; kw:dict
-    def __len__(self): return len(self.todo)
+
+    folder: SegDataset
+    todo: list
+    had: dict
+    kw: dict
+
+    def __len__(self):
+        return len(self.todo)
+
     def __getitem__(self, n):
         i = self.todo[n]
         return process_pair(self.folder, i, had=self.had.get(i, ()), **self.kw)
 
-def cpu_count()->int:
+
+def cpu_count() -> int:
     "How many CPU cores this process may use"
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-def _single_threaded(_): cv2.setNumThreads(0)   # one thread for each worker, or they fight for the cores
-def _identity(x): return x
-def _without_label(r): return r | dict(label=None, px=None, odd={}, faults=[f for f in r['faults'] if f[1]==r['name']])   # a row without its label
+
+
+def _single_threaded(_):
+    cv2.setNumThreads(0)  # one thread for each worker, or they fight for the cores
+
+
+def _identity(x):
+    return x
+
+
+def _without_label(r):
+    return r | dict(
+        label=None, px=None, odd={}, faults=[f for f in r['faults'] if f[1] == r['name']]
+    )  # a row without its label
+
 
 @dataclass
 class ValidationReport:
     "What is known about a split"
-    folder:SegDataset
-    rows:list   # of dicts, one per image, see `look`
-    new:int     # images that were read now; the others were known
+
+    folder: SegDataset
+    rows: list  # of dicts, one per image, see `look`
+    new: int  # images that were read now; the others were known
+
     @property
-    def px(self): return [{int(c):n for c,n in r['px'].items()} if r['px'] is not None and not r['odd'] else None for r in self.rows]
-    def __repr__(self): return f'ValidationReport({self.folder.spec.name}/{self.folder.split}: {len(self.rows)} images, {self.new} of them read now)'
+    def px(self):
+        return [
+            {int(c): n for c, n in r['px'].items()}
+            if r['px'] is not None and not r['odd']
+            else None
+            for r in self.rows
+        ]
+
+    def __repr__(self):
+        return f'ValidationReport({self.folder.spec.name}/{self.folder.split}: {len(self.rows)} images, {self.new} of them read now)'
 
 # %% ../../nbs/data/12_validation.ipynb #e6da2d02
 def parse_size(
-    x, # [720,1280], (720,1280), '720x1280' or '[720,1280]', as a command line has it; None stays
-)->tuple: # (H,W)
+    x,  # [720,1280], (720,1280), '720x1280' or '[720,1280]', as a command line has it; None stays
+) -> tuple:  # (H,W)
     "A size as people write it; anything else raises `ValueError`"
-    if x is None: return None
+    if x is None:
+        return None
     n = tuple(int(k) for k in re.findall(r'\d+', str(x)))
-    if len(n)!=2 or min(n)<1: raise ValueError(f'size {x!r}: this should be height and width in pixels, e.g. 720x1280 or [720,1280]')
+    if len(n) != 2 or min(n) < 1:
+        raise ValueError(
+            f'size {x!r}: this should be height and width in pixels, e.g. 720x1280 or [720,1280]'
+        )
     return n
 
 # %% ../../nbs/data/12_validation.ipynb #244e86c2
 def validate_split(
-    folder:SegDataset, # from `open_splits`
-    full=True,     # decode every image; False: only headers and ends
-    convert=False, # write `_labelTrainIds.png` and statistics as upstream's converters do
-    size=None,     # (H,W) box: also write a resized copy
+    folder: SegDataset,  # from `open_splits`
+    full=True,  # decode every image; False: only headers and ends
+    convert=False,  # write `_labelTrainIds.png` and statistics as upstream's converters do
+    size=None,  # (H,W) box: also write a resized copy
     quality=None,  # of JPEG copies; None = lossless
     workers=None,  # processes; None = all cores, and none below 64 images
-    quiet=False,   # no progress bar
-)->ValidationReport:
+    quiet=False,  # no progress bar
+) -> ValidationReport:
     "Look over a split, going on where an earlier run stopped; `OSError` if something cannot be written"
-    if convert and folder.labels: train_id_path(folder, 0)
-    rows,kw = read_survey_journal(folder),dict(full=full, convert=convert and bool(folder.labels), size=parse_size(size), quality=quality)
-    todo,names = pending_indices(folder, rows, **kw),folder.names
-    had = {i:r['copies'] for i in todo if (r := rows.get(names[i])) and is_current(folder, i, r)}
-    if workers is None: workers = cpu_count() if len(todo)>=64 else 0
-    work = DataLoader(_Work(folder, todo, had, kw), batch_size=None, collate_fn=_identity, num_workers=workers, worker_init_fn=_single_threaded)
+    if convert and folder.labels:
+        train_id_path(folder, 0)
+    rows, kw = (
+        read_survey_journal(folder),
+        dict(
+            full=full,
+            convert=convert and bool(folder.labels),
+            size=parse_size(size),
+            quality=quality,
+        ),
+    )
+    todo, names = pending_indices(folder, rows, **kw), folder.names
+    had = {i: r['copies'] for i in todo if (r := rows.get(names[i])) and is_current(folder, i, r)}
+    if workers is None:
+        workers = cpu_count() if len(todo) >= 64 else 0
+    work = DataLoader(
+        _Work(folder, todo, had, kw),
+        batch_size=None,
+        collate_fn=_identity,
+        num_workers=workers,
+        worker_init_fn=_single_threaded,
+    )
     with open_journal(folder) as f:
-        for row in progress_bar(work, f'looking over {folder.spec.name}/{folder.split}', len(names), len(names)-len(todo), quiet or not todo):
+        for row in progress_bar(
+            work,
+            f'looking over {folder.spec.name}/{folder.split}',
+            len(names),
+            len(names) - len(todo),
+            quiet or not todo,
+        ):
             try:
-                if stop := row.pop('stop', None): raise OSError(*stop)
-                f.write(json.dumps(row).encode()+b'\n')
+                if stop := row.pop('stop', None):
+                    raise OSError(*stop)
+                f.write(json.dumps(row).encode() + b'\n')
                 f.flush()
             except OSError as e:
-                raise OSError(e.errno, f"{e.strerror or e}. The survey of '{folder.spec.name}' stopped here and lost nothing: make room, or make the "
-                                       'folder writable, and run the same command again') from e
+                raise OSError(
+                    e.errno,
+                    f"{e.strerror or e}. The survey of '{folder.spec.name}' stopped here and lost nothing: make room, or make the "
+                    'folder writable, and run the same command again',
+                ) from e
             rows[row['name']] = row
-    return _keep(ValidationReport(folder, [rows[n] if folder.labels else _without_label(rows[n]) for n in names], len(todo)), convert)
+    return _keep(
+        ValidationReport(
+            folder,
+            [rows[n] if folder.labels else _without_label(rows[n]) for n in names],
+            len(todo),
+        ),
+        convert,
+    )
 
 # %% ../../nbs/data/12_validation.ipynb #74ce0825
 def _fresh(path, folder, counts, names=()):
     "Are these counts in that file, under file names with these ends? And the entries of other labels"
-    if not path.exists(): return False,[]
+    if not path.exists():
+        return False, []
     keys = label_keys(folder)
-    have,rest = read_stats(path, keys, [k.suffix for k in folder.spec.labels])
+    have, rest = read_stats(path, keys, [k.suffix for k in folder.spec.labels])
     there = {PurePosixPath(r['file']).name for r in read_json(path)} if names else ()
-    return have==dict(zip(keys, counts)) and all(PurePosixPath(n).name in there for n in names),rest
+    return have == dict(zip(keys, counts)) and all(
+        PurePosixPath(n).name in there for n in names
+    ), rest
+
 
 def _upstream(folder, counts):
     "Upstream's three files, if they do not say this already"
     path = stats_paths(folder)[0]
-    names = [train_id_path(folder, i).relative_to(folder.root).as_posix() for i in range(len(folder))]
-    same,rest = _fresh(path, folder, counts, names)
-    a,b = path.with_name('sample_class_stats_dict.json'),path.with_name('samples_with_class.json')
-    if same and a.exists() and b.exists(): return
-    rows = sorted(rest+[{str(c):n for c,n in px.items()} | dict(file=f) for f,px in zip(names, counts)], key=lambda r: r['file'])
-    each,per = {r['file']:{c:n for c,n in r.items() if c!='file'} for r in rows},defaultdict(list)
-    for f,px in each.items():
-        for c,n in px.items(): per[c].append((f,n))
-    for p,x in ((a,each),(b,per),(path,rows)): atomic_write(p, json.dumps(x, indent=2))
+    names = [
+        train_id_path(folder, i).relative_to(folder.root).as_posix() for i in range(len(folder))
+    ]
+    same, rest = _fresh(path, folder, counts, names)
+    a, b = path.with_name('sample_class_stats_dict.json'), path.with_name('samples_with_class.json')
+    if same and a.exists() and b.exists():
+        return
+    rows = sorted(
+        rest + [{str(c): n for c, n in px.items()} | dict(file=f) for f, px in zip(names, counts)],
+        key=lambda r: r['file'],
+    )
+    each, per = (
+        {r['file']: {c: n for c, n in r.items() if c != 'file'} for r in rows},
+        defaultdict(list),
+    )
+    for f, px in each.items():
+        for c, n in px.items():
+            per[c].append((f, n))
+    for p, x in ((a, each), (b, per), (path, rows)):
+        atomic_write(p, json.dumps(x, indent=2))
+
 
 def _list(folder):
     "Cityscapes' list of a split"
-    path = folder.root/f'{folder.split}.txt'
-    old = set(path.read_text().split('\n'))-{''} if path.exists() else set()
-    if new := {folder.stem(i) for i in range(len(folder))}-old: atomic_write(path, ''.join(f'{x}\n' for x in sorted(old | new)))
+    path = folder.root / f'{folder.split}.txt'
+    old = set(path.read_text().split('\n')) - {''} if path.exists() else set()
+    if new := {folder.stem(i) for i in range(len(folder))} - old:
+        atomic_write(path, ''.join(f'{x}\n' for x in sorted(old | new)))
 
 # %% ../../nbs/data/12_validation.ipynb #765f756e
 def _keep(s, convert):
     "Statistics of a training split, where they are not there yet"
-    f,px = s.folder,s.px
-    if f.labels and convert and train_id_path(f, 0).name.endswith('_gtFine_labelTrainIds.png'): _list(f)
-    if not f.labels or not any(p is not None for p in px) or f.split!='train' and len(f.spec.splits)>1: return s
-    good,counts = f.exclude({n:'its label cannot be counted' for n,p in zip(f.names, px) if p is None}),[p for p in px if p is not None]
-    if convert: _upstream(good, counts)
-    newest = max(r['lsig'][1] for r,p in zip(s.rows, px) if p is not None)
-    if (path := next((p for p in stats_paths(good) if _fresh(p, good, counts)[0]), None)) is None: write_stats(good, counts)
-    elif path.stat().st_mtime_ns<newest: os.utime(path)      # right, but older than a label
+    f, px = s.folder, s.px
+    if f.labels and convert and train_id_path(f, 0).name.endswith('_gtFine_labelTrainIds.png'):
+        _list(f)
+    if (
+        not f.labels
+        or not any(p is not None for p in px)
+        or f.split != 'train'
+        and len(f.spec.splits) > 1
+    ):
+        return s
+    good, counts = (
+        f.exclude({n: 'its label cannot be counted' for n, p in zip(f.names, px) if p is None}),
+        [p for p in px if p is not None],
+    )
+    if convert:
+        _upstream(good, counts)
+    newest = max(r['lsig'][1] for r, p in zip(s.rows, px) if p is not None)
+    if (path := next((p for p in stats_paths(good) if _fresh(p, good, counts)[0]), None)) is None:
+        write_stats(good, counts)
+    elif path.stat().st_mtime_ns < newest:
+        os.utime(path)  # right, but older than a label
     return s
 
 # %% ../../nbs/data/12_validation.ipynb #b22d6924
@@ -182,73 +299,151 @@ PROBLEM_FIXES = {
     'size': "do both belong together? Resize both alike, or list the stem in the spec's `drop`",
     'ids': "another kind of label file? If the ids are legal, list them in the spec's `ids` or `void`",
     'differs': 'find out which is right; remove the converted file to have it written again',
-    'unreadable': 'check its rights and the disk'}
+    'unreadable': 'check its rights and the disk',
+}
+
 
 def list_problems(
-    surveys, # of `ValidationReport`: the splits of a dataset
-    stray=(),# from `orphan_labels`
-    drop=(), # stems that training leaves out anyway: the spec's `drop`
-)->pd.DataFrame: # split, file, problem, what, remedy
+    surveys,  # of `ValidationReport`: the splits of a dataset
+    stray=(),  # from `orphan_labels`
+    drop=(),  # stems that training leaves out anyway: the spec's `drop`
+) -> pd.DataFrame:  # split, file, problem, what, remedy
     "Everything that is wrong, one line each"
-    counts = lambda name: PurePosixPath(name).stem not in drop
-    rows = [(s.folder.split,f,k,what) for s in surveys for r in s.rows if counts(r['name']) for k,f,what in r['faults']]
-    rows += [(s.folder.split,n,'no label','') for s in surveys for n in s.folder.skipped if counts(n)]
-    rows += [('',n,'no image','') for n in stray]
-    return pd.DataFrame([(*r,PROBLEM_FIXES[r[2]]) for r in rows], columns=['split','file','problem','what','remedy'])
 
-def unknown_ids(surveys)->pd.DataFrame: # per split and id: labels that have it, pixels
+    def counts(name):
+        return PurePosixPath(name).stem not in drop
+
+    rows = [
+        (s.folder.split, f, k, what)
+        for s in surveys
+        for r in s.rows
+        if counts(r['name'])
+        for k, f, what in r['faults']
+    ]
+    rows += [
+        (s.folder.split, n, 'no label', '') for s in surveys for n in s.folder.skipped if counts(n)
+    ]
+    rows += [('', n, 'no image', '') for n in stray]
+    return pd.DataFrame(
+        [(*r, PROBLEM_FIXES[r[2]]) for r in rows],
+        columns=['split', 'file', 'problem', 'what', 'remedy'],
+    )
+
+
+def unknown_ids(surveys) -> pd.DataFrame:  # per split and id: labels that have it, pixels
     "Numbers in label files that the spec does not know"
-    found = [(s.folder.split,int(c),n) for s in surveys for r in s.rows for c,n in r['odd'].items()]
-    return pd.DataFrame(found, columns=['split','id','px']).groupby(['split','id']).px.agg(labels='size', pixels='sum').reset_index()
+    found = [
+        (s.folder.split, int(c), n) for s in surveys for r in s.rows for c, n in r['odd'].items()
+    ]
+    return (
+        pd.DataFrame(found, columns=['split', 'id', 'px'])
+        .groupby(['split', 'id'])
+        .px.agg(labels='size', pixels='sum')
+        .reset_index()
+    )
+
 
 def format_verdict(
-    found:pd.DataFrame, # from `list_problems`
-    surveys=(),         # to name splits without labels
-)->str:
+    found: pd.DataFrame,  # from `list_problems`
+    surveys=(),  # to name splits without labels
+) -> str:
     "The last word"
-    n,bare = found[found.problem!='no image'].file.nunique(),[s.folder.split for s in surveys if not s.folder.labels]
-    say = f'{n} file{"s"*(n>1)} need{"s"*(n==1)} attention; runs with `-p skip_broken True` leave them out' if n else 'ready to train'
-    return say+(f'; without labels, so of use as a target only: {", ".join(bare)}' if bare else '')
+    n, bare = (
+        found[found.problem != 'no image'].file.nunique(),
+        [s.folder.split for s in surveys if not s.folder.labels],
+    )
+    say = (
+        f'{n} file{"s" * (n > 1)} need{"s" * (n == 1)} attention; runs with `-p skip_broken True` leave them out'
+        if n
+        else 'ready to train'
+    )
+    return say + (
+        f'; without labels, so of use as a target only: {", ".join(bare)}' if bare else ''
+    )
 
 # %% ../../nbs/data/12_validation.ipynb #43da0b25
 def class_summary(
     surveys,
-    notes={}, # from `open_splits`
-)->pd.DataFrame: # one line per split
+    notes={},  # from `open_splits`
+) -> pd.DataFrame:  # one line per split
     "A dataset at a glance"
     rows = {}
     for s in surveys:
-        k,sizes = Counter(k for r in s.rows for k in {k for k,*_ in r['faults']}),Counter('{}×{}'.format(*r['hw']) for r in s.rows if r['hw'])
+        k, sizes = (
+            Counter(k for r in s.rows for k in {k for k, *_ in r['faults']}),
+            Counter('{}×{}'.format(*r['hw']) for r in s.rows if r['hw']),
+        )
         bare = len(s.folder.skipped)
-        rows[s.folder.split] = dict(images=len(s.rows)+bare, labels=sum(r['label'] is not None for r in s.rows), no_label=bare,
-            **{x:k[x] for x in ('broken','size','ids','differs','unreadable')}, classes=len({c for p in s.px if p for c in p}),
-            sizes=', '.join(f'{z}: {n}' for z,n in sizes.most_common(3)), read_now=s.new)
-    for split,why in notes.items(): rows[split] = rows.get(split, dict(images=0, labels=0)) | dict(note=why)
+        rows[s.folder.split] = dict(
+            images=len(s.rows) + bare,
+            labels=sum(r['label'] is not None for r in s.rows),
+            no_label=bare,
+            **{x: k[x] for x in ('broken', 'size', 'ids', 'differs', 'unreadable')},
+            classes=len({c for p in s.px if p for c in p}),
+            sizes=', '.join(f'{z}: {n}' for z, n in sizes.most_common(3)),
+            read_now=s.new,
+        )
+    for split, why in notes.items():
+        rows[split] = rows.get(split, dict(images=0, labels=0)) | dict(note=why)
     return pd.DataFrame(rows).T.rename_axis('split').astype(object).where(lambda t: t.notna(), '')
 
 # %% ../../nbs/data/12_validation.ipynb #721b51c8
 def show_frequencies(
-    px,     # for each image {train id: pixels}, or None: `ValidationReport.px`
-    space:LabelSpace,
-    merge:dict={}, # train id -> train id before it enters `space`
+    px,  # for each image {train id: pixels}, or None: `ValidationReport.px`
+    space: LabelSpace,
+    merge: dict = {},  # train id -> train id before it enters `space`
 ):
     "Share of the labelled pixels and number of images, per class; the figure"
-    then,n,seen = train_id_map(space, merge),np.zeros(len(space)),np.zeros(len(space), int)
+    then = train_id_map(space, merge)
+    n = np.zeros(len(space))
+    seen = np.zeros(len(space), int)
     for p in px:
         now = Counter()
-        for t,k in (p or {}).items():
-            if then.get(t, IGNORE)!=IGNORE: now[then[t]] += k
-        for c,k in now.items(): n[c] += k; seen[c] += 1
-    o,share = np.argsort(-n, kind='stable'),100*n/max(n.sum(), 1)
-    low = 10**np.floor(np.log10(share[n>0].min()/2)) if n.any() else .1
-    fig,(a,b) = plt.subplots(1, 2, figsize=(7,.17*len(o)+.7), sharey=True, layout='constrained')
-    for ax,x,left,says in ((a,share,low,lambda v: f'{v:.2g} %'),(b,seen,0,str)):
-        ax.barh(range(len(o)), np.maximum(x[o]-left, 0), left=left, color=np.array(space.colors)[o]/255, edgecolor='.6', linewidth=.4, height=.75)
-        for y,c in enumerate(o): ax.text(max(x[c],left), y, ' '+(says(x[c]) if n[c] else 'never'), va='center', fontsize=6, color='.35')
-        ax.spines[['top','right']].set_visible(False)
-    a.set(xscale='log', xlim=(low,400), xlabel='share of the labelled pixels (%)', yticks=range(len(o)), ylim=(len(o)-.4,-.6))
+        for t, k in (p or {}).items():
+            if then.get(t, IGNORE) != IGNORE:
+                now[then[t]] += k
+        for c, k in now.items():
+            n[c] += k
+            seen[c] += 1
+    o, share = np.argsort(-n, kind='stable'), 100 * n / max(n.sum(), 1)
+    low = 10 ** np.floor(np.log10(share[n > 0].min() / 2)) if n.any() else 0.1
+    fig, (a, b) = plt.subplots(
+        1, 2, figsize=(7, 0.17 * len(o) + 0.7), sharey=True, layout='constrained'
+    )
+    for ax, x, left, says in ((a, share, low, lambda v: f'{v:.2g} %'), (b, seen, 0, str)):
+        ax.barh(
+            range(len(o)),
+            np.maximum(x[o] - left, 0),
+            left=left,
+            color=np.array(space.colors)[o] / 255,
+            edgecolor='.6',
+            linewidth=0.4,
+            height=0.75,
+        )
+        for y, c in enumerate(o):
+            ax.text(
+                max(x[c], left),
+                y,
+                ' ' + (says(x[c]) if n[c] else 'never'),
+                va='center',
+                fontsize=6,
+                color='.35',
+            )
+        ax.spines[['top', 'right']].set_visible(False)
+    a.set(
+        xscale='log',
+        xlim=(low, 400),
+        xlabel='share of the labelled pixels (%)',
+        yticks=range(len(o)),
+        ylim=(len(o) - 0.4, -0.6),
+    )
     a.set_yticklabels(np.array(space.classes)[o])
-    for ax in (a,b): ax.tick_params(labelsize=7); ax.xaxis.label.set_size(8)
-    b.set(xlabel=f'images that show it, of {sum(p is not None for p in px)}', xlim=(0,1.15*max(seen.max(), 1)))
+    for ax in (a, b):
+        ax.tick_params(labelsize=7)
+        ax.xaxis.label.set_size(8)
+    b.set(
+        xlabel=f'images that show it, of {sum(p is not None for p in px)}',
+        xlim=(0, 1.15 * max(seen.max(), 1)),
+    )
     plt.close(fig)
     return fig

@@ -9,154 +9,363 @@ __all__ = ['ROAD', 'SIDEWALK', 'BUILDING', 'FENCE', 'POLE', 'TRAFFIC_LIGHT', 'TR
 # %% ../../nbs/demo/00_geometry.ipynb #c7e1f2ce
 from functools import cache
 from typing import NamedTuple
+
 import cv2
 import numpy as np
 from fastcore.basics import patch
+
 from ..core.labels import CITYSCAPES19
 
 # %% ../../nbs/demo/00_geometry.ipynb #0d98b01f
-ROAD,SIDEWALK,BUILDING,FENCE,POLE,TRAFFIC_LIGHT,TRAFFIC_SIGN,VEGETATION,TERRAIN,SKY,PERSON,RIDER,CAR,BICYCLE = map(CITYSCAPES19.index, (
-    'road','sidewalk','building','fence','pole','traffic light','traffic sign','vegetation','terrain','sky','person','rider','car','bicycle'))
-FOCAL_LENGTH,CAMERA_HEIGHT = .9,2.     # focal length in image heights; eye level in metres
+(
+    ROAD,
+    SIDEWALK,
+    BUILDING,
+    FENCE,
+    POLE,
+    TRAFFIC_LIGHT,
+    TRAFFIC_SIGN,
+    VEGETATION,
+    TERRAIN,
+    SKY,
+    PERSON,
+    RIDER,
+    CAR,
+    BICYCLE,
+) = map(
+    CITYSCAPES19.index,
+    (
+        'road',
+        'sidewalk',
+        'building',
+        'fence',
+        'pole',
+        'traffic light',
+        'traffic sign',
+        'vegetation',
+        'terrain',
+        'sky',
+        'person',
+        'rider',
+        'car',
+        'bicycle',
+    ),
+)
+FOCAL_LENGTH, CAMERA_HEIGHT = 0.9, 2.0  # focal length in image heights; eye level in metres
+
 
 class Shape(NamedTuple):
     "One polygon of the world"
-    cls:int          # Cityscapes train id
-    mat:str          # material: what the looks give a colour to
-    pts:np.ndarray   # (n,2) corners x,y in image heights
-    z:float          # distance in metres; inf = lies on the ground (or is the sky), so the row tells
-    tone:float       # [0,1): which of the material's colours
-    dark:float       # how far it is turned away from the sun
+
+    cls: int  # Cityscapes train id
+    mat: str  # material: what the looks give a colour to
+    pts: np.ndarray  # (n,2) corners x,y in image heights
+    z: float  # distance in metres; inf = lies on the ground (or is the sky), so the row tells
+    tone: float  # [0,1): which of the material's colours
+    dark: float  # how far it is turned away from the sun
 
 # %% ../../nbs/demo/00_geometry.ipynb #eb1f4782
 class Street:
     "A list of `Shape`s and the camera that sees them"
-    def __init__(self,
-        seed:int,      # the same street for the same number
-        aspect=2.,     # image width / height
-    ):
-        self.rng = rng = np.random.default_rng((seed,0))
-        self.horizon,self.vx = rng.uniform(.40,.50),aspect*rng.uniform(.38,.62)
-        self.half = rng.uniform(3.8,5.2)                        # half the width of the road, m
-        self.x0 = rng.uniform(-.4,.4)*self.half                 # where on the road the camera drives
-        self.shapes = [Shape(SKY, 'sky', np.array([(0,0),(aspect,0),(aspect,1),(0,1)]), np.inf, 0., 0.)]
 
-    def add(self, cls, mat, xyz, tone=.5, dark=0.):
+    def __init__(
+        self,
+        seed: int,  # the same street for the same number
+        aspect=2.0,  # image width / height
+    ):
+        self.rng = rng = np.random.default_rng((seed, 0))
+        self.horizon, self.vx = rng.uniform(0.40, 0.50), aspect * rng.uniform(0.38, 0.62)
+        self.half = rng.uniform(3.8, 5.2)  # half the width of the road, m
+        self.x0 = rng.uniform(-0.4, 0.4) * self.half  # where on the road the camera drives
+        self.shapes = [
+            Shape(
+                SKY, 'sky', np.array([(0, 0), (aspect, 0), (aspect, 1), (0, 1)]), np.inf, 0.0, 0.0
+            )
+        ]
+
+    def add(self, cls, mat, xyz, tone=0.5, dark=0.0):
         "Project a polygon given in metres: x to the right, y up, z ahead"
         xyz = np.array(xyz, float)
-        xyz[:,2] = np.maximum(xyz[:,2], 1.)                     # nothing closer than a metre: the projection would explode
-        pts = (self.vx,self.horizon)+FOCAL_LENGTH*(xyz[:,:2]-(self.x0,CAMERA_HEIGHT))*(1,-1)/xyz[:,2:]
-        self.shapes.append(Shape(cls, mat, pts, xyz[:,2].mean() if xyz[:,1].any() else np.inf, tone, dark))
+        xyz[:, 2] = np.maximum(
+            xyz[:, 2], 1.0
+        )  # nothing closer than a metre: the projection would explode
+        pts = (self.vx, self.horizon) + FOCAL_LENGTH * (xyz[:, :2] - (self.x0, CAMERA_HEIGHT)) * (
+            1,
+            -1,
+        ) / xyz[:, 2:]
+        self.shapes.append(
+            Shape(cls, mat, pts, xyz[:, 2].mean() if xyz[:, 1].any() else np.inf, tone, dark)
+        )
 
-    def board(self, cls, mat, x, z, outline, tone=.5, dark=0.):
+    def board(self, cls, mat, x, z, outline, tone=0.5, dark=0.0):
         "Something flat that faces us, standing at x, z"
-        self.add(cls, mat, [(x+a,b,z) for a,b in outline], tone, dark)
+        self.add(cls, mat, [(x + a, b, z) for a, b in outline], tone, dark)
 
-    def flat(self, cls, mat, a, b, near=1., far=90.):
+    def flat(self, cls, mat, a, b, near=1.0, far=90.0):
         "A strip of ground from x = a to b"
-        self.add(cls, mat, [(a,0,near),(b,0,near),(b,0,far),(a,0,far)])
+        self.add(cls, mat, [(a, 0, near), (b, 0, near), (b, 0, far), (a, 0, far)])
 
 # %% ../../nbs/demo/00_geometry.ipynb #a4feeeed
-def _box(w, lo, hi, dx=0.): return [(dx-w/2,lo), (dx+w/2,lo), (dx+w/2,hi), (dx-w/2,hi)]
+def _box(w, lo, hi, dx=0.0):
+    return [(dx - w / 2, lo), (dx + w / 2, lo), (dx + w / 2, hi), (dx - w / 2, hi)]
+
+
 @cache
-def _circle(n): return [(np.cos(a),np.sin(a)) for a in np.linspace(0, 2*np.pi, n, endpoint=False).tolist()]
-def _disc(r, y, x=0., n=14, wide=1., lo=-9.): return [(x+wide*r*c, y+r*s) for c,s in _circle(n) if s>=lo]
+def _circle(n):
+    return [(np.cos(a), np.sin(a)) for a in np.linspace(0, 2 * np.pi, n, endpoint=False).tolist()]
+
+
+def _disc(r, y, x=0.0, n=14, wide=1.0, lo=-9.0):
+    return [(x + wide * r * c, y + r * s) for c, s in _circle(n) if s >= lo]
+
 
 @patch
-def shadow(self:Street, cls, x, z, w, d=.5):
+def shadow(self: Street, cls, x, z, w, d=0.5):
     "A dark ellipse on the ground, 2w wide and 2d deep; `cls` is the class of that ground"
-    self.add(cls, 'shadow', [(x+a,0,z+b*d/w) for a,b in _disc(w,0.,n=12)])
+    self.add(cls, 'shadow', [(x + a, 0, z + b * d / w) for a, b in _disc(w, 0.0, n=12)])
+
 
 @patch
-def tree(self:Street, x, z, cls=TERRAIN):
+def tree(self: Street, x, z, cls=TERRAIN):
     "A trunk and a crown, brighter towards the light; both are vegetation, as in Cityscapes"
-    rng,k,tone = self.rng,self.rng.uniform(.8,1.25),self.rng.random()
-    self.shadow(cls, x, z, 1.3*k)
-    self.board(VEGETATION, 'trunk', x, z, _box(.34*k, 0, 2.2*k), tone)
+    rng = self.rng
+    k = self.rng.uniform(0.8, 1.25)
+    tone = self.rng.random()
+    self.shadow(cls, x, z, 1.3 * k)
+    self.board(VEGETATION, 'trunk', x, z, _box(0.34 * k, 0, 2.2 * k), tone)
     for i in range(9):
-        a,r = rng.uniform(0,2*np.pi),rng.uniform(.1,1.1)
-        self.board(VEGETATION, 'crown', x, z, _disc(rng.uniform(.7,1.1)*k, (3.4+.75*r*np.sin(a))*k, r*np.cos(a)*k), tone, .32-.04*i)
+        a, r = rng.uniform(0, 2 * np.pi), rng.uniform(0.1, 1.1)
+        self.board(
+            VEGETATION,
+            'crown',
+            x,
+            z,
+            _disc(rng.uniform(0.7, 1.1) * k, (3.4 + 0.75 * r * np.sin(a)) * k, r * np.cos(a) * k),
+            tone,
+            0.32 - 0.04 * i,
+        )
+
 
 @patch
-def lamp(self:Street, x, z):
+def lamp(self: Street, x, z):
     "A street lamp, or a bare pole"
-    self.board(POLE, 'pole', x, z, _box(.3, 0, 5.4))
-    if self.rng.random()<.6: self.board(POLE, 'pole', x, z, _box(1.5, 5.25, 5.55, -.65*np.sign(x)))
+    self.board(POLE, 'pole', x, z, _box(0.3, 0, 5.4))
+    if self.rng.random() < 0.6:
+        self.board(POLE, 'pole', x, z, _box(1.5, 5.25, 5.55, -0.65 * np.sign(x)))
 
 # %% ../../nbs/demo/00_geometry.ipynb #162afe42
 @patch
-def light(self:Street, x, z):
+def light(self: Street, x, z):
     "A traffic light with one of three lamps on"
-    self.board(POLE, 'pole', x, z, _box(.32, 0, 2.4))
-    self.board(TRAFFIC_LIGHT, 'housing', x, z, _box(.85, 2.3, 4.4))
+    self.board(POLE, 'pole', x, z, _box(0.32, 0, 2.4))
+    self.board(TRAFFIC_LIGHT, 'housing', x, z, _box(0.85, 2.3, 4.4))
     on = self.rng.integers(3)
-    for i,m in enumerate(('green','amber','red')): self.board(TRAFFIC_LIGHT, m if i==on else 'off', x, z, _disc(.27, 2.68+.68*i))
+    for i, m in enumerate(('green', 'amber', 'red')):
+        self.board(TRAFFIC_LIGHT, m if i == on else 'off', x, z, _disc(0.27, 2.68 + 0.68 * i))
+
 
 @patch
-def sign(self:Street, x, z):
+def sign(self: Street, x, z):
     "A round, a triangular or a square sign"
-    y,kind = 2.9,self.rng.integers(3)
-    outer = (_disc(.68,y), [(-.8,y-.55),(.8,y-.55),(0,y+.8)], _box(1.2,y-.6,y+.6))[kind]
-    self.board(POLE, 'pole', x, z, _box(.3, 0, y-.4))
-    self.board(TRAFFIC_SIGN, ('rim','rim','plate')[kind], x, z, outer)
-    self.board(TRAFFIC_SIGN, ('face','face','glyph')[kind], x, z, [(.68*a,y+.68*(b-y)) for a,b in outer])
+    y, kind = 2.9, self.rng.integers(3)
+    outer = (
+        _disc(0.68, y),
+        [(-0.8, y - 0.55), (0.8, y - 0.55), (0, y + 0.8)],
+        _box(1.2, y - 0.6, y + 0.6),
+    )[kind]
+    self.board(POLE, 'pole', x, z, _box(0.3, 0, y - 0.4))
+    self.board(TRAFFIC_SIGN, ('rim', 'rim', 'plate')[kind], x, z, outer)
+    self.board(
+        TRAFFIC_SIGN,
+        ('face', 'face', 'glyph')[kind],
+        x,
+        z,
+        [(0.68 * a, y + 0.68 * (b - y)) for a, b in outer],
+    )
+
 
 @patch
-def person(self:Street, x, z, cls=SIDEWALK):
+def person(self: Street, x, z, cls=SIDEWALK):
     "Somebody walking"
-    t,k,step = self.rng.random(3),self.rng.uniform(1.05,1.25),self.rng.uniform(.08,.3)
-    self.shadow(cls, x, z, .5, .25)
-    for s in (-1,1):
-        self.board(PERSON, 'trousers', x, z, [(-.12*s,.95*k),(.16*s,.95*k),(s*step+.15*s,0),(s*step-.08*s,0)], t[0], .15*(s>0))
-    self.board(PERSON, 'cloth', x, z, [(-.34,.85*k),(.34,.85*k),(.44,1.2*k),(.3,1.55*k),(-.3,1.55*k),(-.44,1.2*k)], t[1])
-    self.board(PERSON, 'skin', x, z, _disc(.22, 1.72*k), t[2])
-    self.board(PERSON, 'hair', x, z, _disc(.23, 1.76*k, lo=-.2), t[2])
+    t = self.rng.random(3)
+    k = self.rng.uniform(1.05, 1.25)
+    step = self.rng.uniform(0.08, 0.3)
+    self.shadow(cls, x, z, 0.5, 0.25)
+    for s in (-1, 1):
+        self.board(
+            PERSON,
+            'trousers',
+            x,
+            z,
+            [
+                (-0.12 * s, 0.95 * k),
+                (0.16 * s, 0.95 * k),
+                (s * step + 0.15 * s, 0),
+                (s * step - 0.08 * s, 0),
+            ],
+            t[0],
+            0.15 * (s > 0),
+        )
+    self.board(
+        PERSON,
+        'cloth',
+        x,
+        z,
+        [
+            (-0.34, 0.85 * k),
+            (0.34, 0.85 * k),
+            (0.44, 1.2 * k),
+            (0.3, 1.55 * k),
+            (-0.3, 1.55 * k),
+            (-0.44, 1.2 * k),
+        ],
+        t[1],
+    )
+    self.board(PERSON, 'skin', x, z, _disc(0.22, 1.72 * k), t[2])
+    self.board(PERSON, 'hair', x, z, _disc(0.23, 1.76 * k, lo=-0.2), t[2])
 
 # %% ../../nbs/demo/00_geometry.ipynb #292e309c
-_TUBES = (-.66,.46,.1,.42),(.1,.42,-.25,1.05),(-.25,1.,.5,1.),(.1,.42,.5,1.),(.66,.46,.5,1.2),(-.66,.46,-.25,1.05)   # of a frame: from x,y to x,y
+_TUBES = (
+    (-0.66, 0.46, 0.1, 0.42),
+    (0.1, 0.42, -0.25, 1.05),
+    (-0.25, 1.0, 0.5, 1.0),
+    (0.1, 0.42, 0.5, 1.0),
+    (0.66, 0.46, 0.5, 1.2),
+    (-0.66, 0.46, -0.25, 1.05),
+)  # of a frame: from x,y to x,y
+
 
 @patch
-def bicycle(self:Street, x, z, cls=SIDEWALK, ridden=False):
+def bicycle(self: Street, x, z, cls=SIDEWALK, ridden=False):
     "A bicycle, parked or with its rider"
-    t,f = self.rng.random(2),self.rng.choice([-1,1])
-    self.shadow(cls, x, z, .9, .2)
-    for s in (-1,1):
-        self.board(BICYCLE, 'tyre', x, z, _disc(.46, .46, .66*s))
-        self.board(BICYCLE, 'spokes', x, z, _disc(.36, .46, .66*s))
-    for a,b,c,d in _TUBES:
-        p,q = np.array([d-b,a-c])/np.hypot(a-c,d-b)*.07
-        self.board(BICYCLE, 'frame', x, z, [(f*(a+p),b+q), (f*(c+p),d+q), (f*(c-p),d-q), (f*(a-p),b-q)], t[0])
-    self.board(BICYCLE, 'tyre', x, z, _box(.34, 1.04, 1.14, -.27*f))
-    if not ridden: return
-    self.board(RIDER, 'trousers', x, z, [(-.42*f,1.2),(-.1*f,1.25),(.25*f,.85),(.12*f,.3),(-.08*f,.3),(-.02*f,.8)], t[1])
-    self.board(RIDER, 'jersey', x, z, [(-.5*f,1.1),(-.1*f,1.05),(.35*f,1.6),(.62*f,1.3),(.7*f,1.42),(.35*f,1.85),(0,1.8)], t[0])
-    self.board(RIDER, 'skin', x, z, _disc(.2, 1.98, .3*f), t[1])
-    self.board(RIDER, 'helmet', x, z, _disc(.24, 2.02, .3*f, lo=-.2), t[0])
+    t, f = self.rng.random(2), self.rng.choice([-1, 1])
+    self.shadow(cls, x, z, 0.9, 0.2)
+    for s in (-1, 1):
+        self.board(BICYCLE, 'tyre', x, z, _disc(0.46, 0.46, 0.66 * s))
+        self.board(BICYCLE, 'spokes', x, z, _disc(0.36, 0.46, 0.66 * s))
+    for a, b, c, d in _TUBES:
+        p, q = np.array([d - b, a - c]) / np.hypot(a - c, d - b) * 0.07
+        self.board(
+            BICYCLE,
+            'frame',
+            x,
+            z,
+            [
+                (f * (a + p), b + q),
+                (f * (c + p), d + q),
+                (f * (c - p), d - q),
+                (f * (a - p), b - q),
+            ],
+            t[0],
+        )
+    self.board(BICYCLE, 'tyre', x, z, _box(0.34, 1.04, 1.14, -0.27 * f))
+    if not ridden:
+        return
+    self.board(
+        RIDER,
+        'trousers',
+        x,
+        z,
+        [
+            (-0.42 * f, 1.2),
+            (-0.1 * f, 1.25),
+            (0.25 * f, 0.85),
+            (0.12 * f, 0.3),
+            (-0.08 * f, 0.3),
+            (-0.02 * f, 0.8),
+        ],
+        t[1],
+    )
+    self.board(
+        RIDER,
+        'jersey',
+        x,
+        z,
+        [
+            (-0.5 * f, 1.1),
+            (-0.1 * f, 1.05),
+            (0.35 * f, 1.6),
+            (0.62 * f, 1.3),
+            (0.7 * f, 1.42),
+            (0.35 * f, 1.85),
+            (0, 1.8),
+        ],
+        t[0],
+    )
+    self.board(RIDER, 'skin', x, z, _disc(0.2, 1.98, 0.3 * f), t[1])
+    self.board(RIDER, 'helmet', x, z, _disc(0.24, 2.02, 0.3 * f, lo=-0.2), t[0])
 
 # %% ../../nbs/demo/00_geometry.ipynb #8ca924d8
 @patch
-def car(self:Street, x, z):
+def car(self: Street, x, z):
     "A car seen from behind; z is its rear"
-    tone,w,n = self.rng.random(),.95,z+3.6
-    s = 1 if x<self.x0 else -1                         # the side that faces the camera
-    e,k = x+s*w,x+s*w*.8
-    self.add(ROAD, 'shadow', [(x-w-.15,0,z-.25), (x+w+.15,0,z-.25), (x+w+.15,0,n), (x-w-.15,0,n)])
-    self.add(CAR, 'body', [(e,.25,z), (e,.25,n), (e,.95,n), (e,.95,z)], tone, .25)
-    self.add(CAR, 'glass', [(e,.95,z+.2), (e,.95,n-.9), (k,1.5,n-1.5), (k,1.5,z+.5)], tone, .2)
-    for c in (z+.7, n-.7): self.add(CAR, 'tyre', [(e,b,c+a) for a,b in _disc(.35, .35, n=10)])
-    self.add(CAR, 'body', [(x-w*.8,1.5,z+.5), (x+w*.8,1.5,z+.5), (x+w*.8,1.5,n-1.5), (x-w*.8,1.5,n-1.5)], tone)
-    for a in (-.65,.65): self.board(CAR, 'tyre', x, z, _box(.3, 0, .4, a))
-    self.board(CAR, 'body', x, z, [(-w,.25),(w,.25),(w,.9),(.85,1.),(.72,1.52),(-.72,1.52),(-.85,1.),(-w,.9)], tone)
-    self.board(CAR, 'glass', x, z, [(-.74,1.),(.74,1.),(.62,1.43),(-.62,1.43)], tone)
-    for a in (-.78,.78): self.board(CAR, 'lamp', x, z, _box(.26, .68, .88, a))
-    self.board(CAR, 'number', x, z, _box(.5, .45, .6))
+    tone = self.rng.random()
+    w = 0.95
+    n = z + 3.6
+    s = 1 if x < self.x0 else -1  # the side that faces the camera
+    e, k = x + s * w, x + s * w * 0.8
+    self.add(
+        ROAD,
+        'shadow',
+        [
+            (x - w - 0.15, 0, z - 0.25),
+            (x + w + 0.15, 0, z - 0.25),
+            (x + w + 0.15, 0, n),
+            (x - w - 0.15, 0, n),
+        ],
+    )
+    self.add(CAR, 'body', [(e, 0.25, z), (e, 0.25, n), (e, 0.95, n), (e, 0.95, z)], tone, 0.25)
+    self.add(
+        CAR,
+        'glass',
+        [(e, 0.95, z + 0.2), (e, 0.95, n - 0.9), (k, 1.5, n - 1.5), (k, 1.5, z + 0.5)],
+        tone,
+        0.2,
+    )
+    for c in (z + 0.7, n - 0.7):
+        self.add(CAR, 'tyre', [(e, b, c + a) for a, b in _disc(0.35, 0.35, n=10)])
+    self.add(
+        CAR,
+        'body',
+        [
+            (x - w * 0.8, 1.5, z + 0.5),
+            (x + w * 0.8, 1.5, z + 0.5),
+            (x + w * 0.8, 1.5, n - 1.5),
+            (x - w * 0.8, 1.5, n - 1.5),
+        ],
+        tone,
+    )
+    for a in (-0.65, 0.65):
+        self.board(CAR, 'tyre', x, z, _box(0.3, 0, 0.4, a))
+    self.board(
+        CAR,
+        'body',
+        x,
+        z,
+        [
+            (-w, 0.25),
+            (w, 0.25),
+            (w, 0.9),
+            (0.85, 1.0),
+            (0.72, 1.52),
+            (-0.72, 1.52),
+            (-0.85, 1.0),
+            (-w, 0.9),
+        ],
+        tone,
+    )
+    self.board(CAR, 'glass', x, z, [(-0.74, 1.0), (0.74, 1.0), (0.62, 1.43), (-0.62, 1.43)], tone)
+    for a in (-0.78, 0.78):
+        self.board(CAR, 'lamp', x, z, _box(0.26, 0.68, 0.88, a))
+    self.board(CAR, 'number', x, z, _box(0.5, 0.45, 0.6))
 
 # %% ../../nbs/demo/00_geometry.ipynb #e3c55673
 def rasterize(
-    st:Street,
-    size,      # (H,W) px
-)->np.ndarray: # (H,W) int32: which of `st.shapes` is seen
+    st: Street,
+    size,  # (H,W) px
+) -> np.ndarray:  # (H,W) int32: which of `st.shapes` is seen
     "Paint the polygons' numbers, far ones first"
     ids = np.zeros(size, np.int32)
-    for i,s in enumerate(st.shapes): cv2.fillPoly(ids, [np.rint(s.pts*(16*size[0])).astype(np.int32)], i, shift=4)
+    for i, s in enumerate(st.shapes):
+        cv2.fillPoly(ids, [np.rint(s.pts * (16 * size[0])).astype(np.int32)], i, shift=4)
     return ids

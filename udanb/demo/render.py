@@ -11,102 +11,187 @@ import io
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+
 import cv2
 import numpy as np
 import torch
 from PIL import Image
+
 from ..core.labels import CITYSCAPES19, CITYSCAPES_IDS
 from ..core.storage import atomic_write, read_json, write_json
-from ..core.types import normalize, Sample
+from ..core.types import Sample, normalize
 from ..core.utils import lookup, progress_bar, resolve
 from .geometry import CAMERA_HEIGHT, FOCAL_LENGTH, rasterize
 from .street import random_street
 
 # %% ../../nbs/demo/02_render.ipynb #e37fcb5b
-_SAME = 'e83030','f0b030','30d070','303030'
-_COLORS = dict(zip(('red','amber','green','off'), (f'{c} | {c}' for c in _SAME))) | dict(
+_SAME = 'e83030', 'f0b030', '30d070', '303030'
+_COLORS = dict(zip(('red', 'amber', 'green', 'off'), (f'{c} | {c}' for c in _SAME))) | dict(
     sky='3a7ad8 b4d8f4 | a4a8b4 d4ccc4',
-    asphalt='55555c 5f5f64 | 6e7480 7c828c', paint='e8e8e0 | b4b8bc', shadow='34343c | 565a66', pavement='b8a898 c2b4a4 | 8c8478 9a9288',
-    kerb='d8d0c4 | b0aaa0', grass='6aa83c 7cb548 | 8a8448 9c9050', trunk='5c4028 | 3c3430',
-    crown='2f7a2c 3f9034 58a23c | a06428 b88430 7c6c34', fence='8a5a32 a06a3c | 50585c 687074', slat='6c4424 7a4e2c | 3c4448 50585c',
-    facade='c8654a d9a066 e3cf9e b5523c d8b4a0 | 7c8490 98948c 6a6e80 a89c94 8c7c78', roof='8a3f30 6e4a3a | 50545e 5c5a5a',
-    window='5a7c9c 6f93b4 87a9c4 | 444c5c e8c070 505868', pole='6c7278 | 3c3e44', housing='23262a | 3a3c30',
-    rim='d02020 | b03848', face='f4f4f0 | d0ccc0', plate='2058c8 | 386090', glyph='f0f4fc | c4ccd4')
+    asphalt='55555c 5f5f64 | 6e7480 7c828c',
+    paint='e8e8e0 | b4b8bc',
+    shadow='34343c | 565a66',
+    pavement='b8a898 c2b4a4 | 8c8478 9a9288',
+    kerb='d8d0c4 | b0aaa0',
+    grass='6aa83c 7cb548 | 8a8448 9c9050',
+    trunk='5c4028 | 3c3430',
+    crown='2f7a2c 3f9034 58a23c | a06428 b88430 7c6c34',
+    fence='8a5a32 a06a3c | 50585c 687074',
+    slat='6c4424 7a4e2c | 3c4448 50585c',
+    facade='c8654a d9a066 e3cf9e b5523c d8b4a0 | 7c8490 98948c 6a6e80 a89c94 8c7c78',
+    roof='8a3f30 6e4a3a | 50545e 5c5a5a',
+    window='5a7c9c 6f93b4 87a9c4 | 444c5c e8c070 505868',
+    pole='6c7278 | 3c3e44',
+    housing='23262a | 3a3c30',
+    rim='d02020 | b03848',
+    face='f4f4f0 | d0ccc0',
+    plate='2058c8 | 386090',
+    glyph='f0f4fc | c4ccd4',
+)
 
 # %% ../../nbs/demo/02_render.ipynb #c873f447
 _COLORS |= dict(
-    skin='e8b890 b07850 8a5a3c | c49c84 946850 705040', hair='2c2018 6c4820 | 201c1c 50403c',
-    trousers='28407c 303440 6c5a44 | 1c2030 3c3c40 50483c', cloth='e04848 f0c840 4880e0 f0f0f0 9a50c0 | 4c5870 782c34 3c4c40 8c8078 2c3040',
-    jersey='f08020 d0f040 40d0e0 | c8b020 903c50 4c8c78', helmet='f4f4f4 e03030 | a8a8b0 802830',
-    tyre='18181a | 202024', spokes='90969c | 686c74', frame='d02828 2868d0 28a060 | 4c4c54 7c3038 385878',
-    body='d02828 2860c8 f0f0f0 e0b020 303438 | 5c6470 84888c 30343c 6c3838 b4b4b4', glass='9cc4e0 | 5c6874',
-    lamp='ff4030 | e85040', number='f0e8a0 | c8c4a0')
+    skin='e8b890 b07850 8a5a3c | c49c84 946850 705040',
+    hair='2c2018 6c4820 | 201c1c 50403c',
+    trousers='28407c 303440 6c5a44 | 1c2030 3c3c40 50483c',
+    cloth='e04848 f0c840 4880e0 f0f0f0 9a50c0 | 4c5870 782c34 3c4c40 8c8078 2c3040',
+    jersey='f08020 d0f040 40d0e0 | c8b020 903c50 4c8c78',
+    helmet='f4f4f4 e03030 | a8a8b0 802830',
+    tyre='18181a | 202024',
+    spokes='90969c | 686c74',
+    frame='d02828 2868d0 28a060 | 4c4c54 7c3038 385878',
+    body='d02828 2860c8 f0f0f0 e0b020 303438 | 5c6470 84888c 30343c 6c3838 b4b4b4',
+    glass='9cc4e0 | 5c6874',
+    lamp='ff4030 | e85040',
+    number='f0e8a0 | c8c4a0',
+)
 
-def _hexes(s): return np.array([[int(h[i:i+2],16) for i in (0,2,4)] for h in s.split()], np.float32)
+
+def _hexes(s):
+    return np.array([[int(h[i : i + 2], 16) for i in (0, 2, 4)] for h in s.split()], np.float32)
+
+
 def _ends(s):
-    a,b = map(_hexes, s.split('|'))
-    i = np.arange(max(len(a),len(b)))
-    return np.stack([a[i%len(a)], b[i%len(b)]])
-COLORS = {m: _ends(s) for m,s in _COLORS.items()}      # material -> (2,n,3): n colours at each end of the dial
+    a, b = map(_hexes, s.split('|'))
+    i = np.arange(max(len(a), len(b)))
+    return np.stack([a[i % len(a)], b[i % len(b)]])
+
+
+COLORS = {
+    m: _ends(s) for m, s in _COLORS.items()
+}  # material -> (2,n,3): n colours at each end of the dial
 
 # %% ../../nbs/demo/02_render.ipynb #401057a5
-DOMAIN_RANGE = dict(source=(0.,.2), target=(.9,1.1))           # where on the dial a domain's images lie
-GRAIN = dict(asphalt=((2,2,3),(3,5,8)), pavement=((1,4,2),(3,6,7)), grass=((5,6,3),(3,8,9)), facade=((2,1,3),(3,3,8)),
-             crown=((5,10,3),(3,13,9)), sky=((0,0,0),(0,0,4)))
-APPEARANCE_RANGES = dict(shade=(1.,.25),                         # how much darker a side in the shade is
-               haze=(.002,.012), wet=(0.,.3),          # light lost per metre; how much the ground mirrors
-               light=(1.,.9), spread=(.09,.15),        # brightness, and how much it varies between images
-               tint=(.01,.06), noise=(2.,5.), blur=(.3,.6))   # white balance error, sensor noise, lens
+DOMAIN_RANGE = dict(source=(0.0, 0.2), target=(0.9, 1.1))  # where on the dial a domain's images lie
+GRAIN = dict(
+    asphalt=((2, 2, 3), (3, 5, 8)),
+    pavement=((1, 4, 2), (3, 6, 7)),
+    grass=((5, 6, 3), (3, 8, 9)),
+    facade=((2, 1, 3), (3, 3, 8)),
+    crown=((5, 10, 3), (3, 13, 9)),
+    sky=((0, 0, 0), (0, 0, 4)),
+)
+APPEARANCE_RANGES = dict(
+    shade=(1.0, 0.25),  # how much darker a side in the shade is
+    haze=(0.002, 0.012),
+    wet=(0.0, 0.3),  # light lost per metre; how much the ground mirrors
+    light=(1.0, 0.9),
+    spread=(0.09, 0.15),  # brightness, and how much it varies between images
+    tint=(0.01, 0.06),
+    noise=(2.0, 5.0),
+    blur=(0.3, 0.6),
+)  # white balance error, sensor noise, lens
+
 
 def appearance(
-    d:float, # 0 sunny … 1 misty
-)->SimpleNamespace: # .colors and .grain per material, and the numbers of `APPEARANCE_RANGES`
+    d: float,  # 0 sunny … 1 misty
+) -> SimpleNamespace:  # .colors and .grain per material, and the numbers of `APPEARANCE_RANGES`
     "How the world looks at one position of the dial"
-    mix = lambda ends: (1-d)*np.asarray(ends[0],np.float32)+d*np.asarray(ends[1],np.float32)
-    return SimpleNamespace(colors={m: mix(c) for m,c in COLORS.items()}, grain={m: mix(GRAIN.get(m,((2,2,2),(2,2,2)))) for m in COLORS},
-                           **{k: float(mix(v)) for k,v in APPEARANCE_RANGES.items()})
+
+    def mix(ends):
+        return (1 - d) * np.asarray(ends[0], np.float32) + d * np.asarray(ends[1], np.float32)
+
+    return SimpleNamespace(
+        colors={m: mix(c) for m, c in COLORS.items()},
+        grain={m: mix(GRAIN.get(m, ((2, 2, 2), (2, 2, 2)))) for m in COLORS},
+        **{k: float(mix(v)) for k, v in APPEARANCE_RANGES.items()},
+    )
 
 # %% ../../nbs/demo/02_render.ipynb #c19ea33d
 def _noise(rng, size, cell):
     "(H,W) float32 noise with features of `cell` 128ths of the height"
-    c = max(1, round(cell*size[0]/128))
-    n = rng.standard_normal((size[0]//c+2, size[1]//c+2), np.float32)
-    return cv2.resize(n, size[::-1], interpolation=cv2.INTER_LINEAR) if c>1 else n[:size[0],:size[1]]
+    c = max(1, round(cell * size[0] / 128))
+    n = rng.standard_normal((size[0] // c + 2, size[1] // c + 2), np.float32)
+    return (
+        cv2.resize(n, size[::-1], interpolation=cv2.INTER_LINEAR)
+        if c > 1
+        else n[: size[0], : size[1]]
+    )
+
 
 def _surface(st, ids, lk, rng):
     "(H,W,3) float32 from ids of twice the size: colours, grain and sky, before weather and camera"
+
     def tone(s):
         c = lk.colors[s.mat]
-        i,f = divmod(s.tone*len(c), 1)
-        return c[int(i)]*(.88+.24*f)*(1-lk.shade*s.dark)
-    size = ids.shape[0]//2,ids.shape[1]//2
-    colors,grain = np.stack([tone(s) for s in st.shapes]).astype(np.float32),np.stack([lk.grain[s.mat] for s in st.shapes])
-    half = lambda x: cv2.resize(x, size[::-1], interpolation=cv2.INTER_AREA)
-    x,above,one = half(colors[ids]),half((ids==0).astype(np.float32))[...,None],ids[::2,::2]
-    for k,c in enumerate((1,2,12)): x += (_noise(rng, size, c)*grain[:,k][one])[...,None]
-    up = np.linspace(0, 1/st.horizon, size[0], dtype=np.float32).clip(0,1)[:,None,None]
-    sky = lk.colors['sky'][0]*(1-up)+lk.colors['sky'][1]*up
-    cloud = (_noise(rng, size, 30)+.6*_noise(rng, size, 12)-.3).clip(0,1)[...,None]*(.5-.25*up)
-    return x+above*(sky+(245-sky)*cloud-colors[0])
+        i, f = divmod(s.tone * len(c), 1)
+        return c[int(i)] * (0.88 + 0.24 * f) * (1 - lk.shade * s.dark)
+
+    size = ids.shape[0] // 2, ids.shape[1] // 2
+    colors, grain = (
+        np.stack([tone(s) for s in st.shapes]).astype(np.float32),
+        np.stack([lk.grain[s.mat] for s in st.shapes]),
+    )
+
+    def half(x):
+        return cv2.resize(x, size[::-1], interpolation=cv2.INTER_AREA)
+
+    x = half(colors[ids])
+    above = half((ids == 0).astype(np.float32))[..., None]
+    one = ids[::2, ::2]
+    for k, c in enumerate((1, 2, 12)):
+        x += (_noise(rng, size, c) * grain[:, k][one])[..., None]
+    up = np.linspace(0, 1 / st.horizon, size[0], dtype=np.float32).clip(0, 1)[:, None, None]
+    sky = lk.colors['sky'][0] * (1 - up) + lk.colors['sky'][1] * up
+    cloud = (_noise(rng, size, 30) + 0.6 * _noise(rng, size, 12) - 0.3).clip(0, 1)[..., None] * (
+        0.5 - 0.25 * up
+    )
+    return x + above * (sky + (245 - sky) * cloud - colors[0])
 
 # %% ../../nbs/demo/02_render.ipynb #4c3b52a0
 def _weather(x, st, ids, lk, rng):
     "Wet ground and haze"
-    H,ids = len(x),ids[::2,::2]
-    y = np.arange(H, dtype=np.float32)[:,None]/H-st.horizon
+    H, ids = len(x), ids[::2, ::2]
+    y = np.arange(H, dtype=np.float32)[:, None] / H - st.horizon
     z = np.array([s.z for s in st.shapes], np.float32)[ids]
-    ground = np.isinf(z)&(ids>0)
-    mirror = cv2.blur(x[np.clip(2*int(st.horizon*H)-np.arange(H), 0, H-1)], (3, H//10+1))
-    x = x+(mirror-x)*(ground*np.float32(lk.wet*rng.uniform(.5,1)))[...,None]
-    z = np.where(ground, FOCAL_LENGTH*CAMERA_HEIGHT/y.clip(.012), z)
-    t = np.where(ids>0, np.exp(-z*lk.haze*rng.uniform(.6,1.6)), 1)[...,None].astype(np.float32)
-    return x*t+lk.colors['sky'][1]*(1-t)
+    ground = np.isinf(z) & (ids > 0)
+    mirror = cv2.blur(
+        x[np.clip(2 * int(st.horizon * H) - np.arange(H), 0, H - 1)], (3, H // 10 + 1)
+    )
+    x = x + (mirror - x) * (ground * np.float32(lk.wet * rng.uniform(0.5, 1)))[..., None]
+    z = np.where(ground, FOCAL_LENGTH * CAMERA_HEIGHT / y.clip(0.012), z)
+    t = np.where(ids > 0, np.exp(-z * lk.haze * rng.uniform(0.6, 1.6)), 1)[..., None].astype(
+        np.float32
+    )
+    return x * t + lk.colors['sky'][1] * (1 - t)
+
 
 def _camera(x, lk, rng):
     "Exposure, white balance, lens and sensor: (H,W,3) uint8"
-    gain = lk.light*(1+lk.spread*rng.uniform(-1,1))*(1+lk.tint*rng.standard_normal(3)*(1,0,1))
-    x = cv2.GaussianBlur(x*gain.astype(np.float32), (0,0), lk.blur*rng.uniform(.8,1.3)*max(len(x)/128, .5))
-    return np.clip(x+lk.noise*rng.standard_normal(x.shape, np.float32)+.5, 0, 255).astype(np.uint8)
+    gain = (
+        lk.light
+        * (1 + lk.spread * rng.uniform(-1, 1))
+        * (1 + lk.tint * rng.standard_normal(3) * (1, 0, 1))
+    )
+    x = cv2.GaussianBlur(
+        x * gain.astype(np.float32),
+        (0, 0),
+        lk.blur * rng.uniform(0.8, 1.3) * max(len(x) / 128, 0.5),
+    )
+    return np.clip(x + lk.noise * rng.standard_normal(x.shape, np.float32) + 0.5, 0, 255).astype(
+        np.uint8
+    )
+
 
 def _paint(st, ids, d, rng):
     "The street at one position of the dial"
@@ -115,85 +200,138 @@ def _paint(st, ids, d, rng):
 
 # %% ../../nbs/demo/02_render.ipynb #81e9ccc4
 def render_scene(
-    seed:int,            # which street
-    domain='source',     # 'source' (sunny) or 'target' (misty)
-    size=(128,256),      # (H,W) px
-)->tuple: # image (H,W,3) uint8, label (H,W) uint8 Cityscapes train ids
+    seed: int,  # which street
+    domain='source',  # 'source' (sunny) or 'target' (misty)
+    size=(128, 256),  # (H,W) px
+) -> tuple:  # image (H,W,3) uint8, label (H,W) uint8 Cityscapes train ids
     "One labelled street scene; the same arguments give the same pixels"
-    lo,hi = lookup(domain, DOMAIN_RANGE, 'domain')
+    lo, hi = lookup(domain, DOMAIN_RANGE, 'domain')
     size = tuple(size)
-    rng = np.random.default_rng((seed, 1+list(DOMAIN_RANGE).index(domain)))
-    st = random_street(seed, size[1]/size[0])
-    ids = rasterize(st, (2*size[0],2*size[1]))
-    lbl = np.array([s.cls for s in st.shapes], np.uint8)[ids[::2,::2]]
-    return _paint(st, ids, rng.uniform(lo,hi), rng),lbl
+    rng = np.random.default_rng((seed, 1 + list(DOMAIN_RANGE).index(domain)))
+    st = random_street(seed, size[1] / size[0])
+    ids = rasterize(st, (2 * size[0], 2 * size[1]))
+    lbl = np.array([s.cls for s in st.shapes], np.uint8)[ids[::2, ::2]]
+    return _paint(st, ids, rng.uniform(lo, hi), rng), lbl
 
 # %% ../../nbs/demo/02_render.ipynb #87b78ebb
 def toy_pair(
-    n=2,             # images per domain
-    size=(64,128),   # (H,W) px
-    seed=0,          # other seeds, other streets
-)->tuple: # source `Sample` with labels, target `Sample` without
+    n=2,  # images per domain
+    size=(64, 128),  # (H,W) px
+    seed=0,  # other seeds, other streets
+) -> tuple:  # source `Sample` with labels, target `Sample` without
     "Two small batches in memory, from different streets"
+
     def batch(domain, off):
-        ks = [10_000*seed+off+i for i in range(n)]
-        imgs,lbls = zip(*(render_scene(k, domain, size) for k in ks))
-        return Sample(normalize(np.stack(imgs)), torch.from_numpy(np.stack(lbls)).long(), name=tuple(f'{domain}_{k}' for k in ks))
+        ks = [10_000 * seed + off + i for i in range(n)]
+        imgs, lbls = zip(*(render_scene(k, domain, size) for k in ks))
+        return Sample(
+            normalize(np.stack(imgs)),
+            torch.from_numpy(np.stack(lbls)).long(),
+            name=tuple(f'{domain}_{k}' for k in ks),
+        )
+
     tgt = batch('target', 5_000)
     tgt.lbl = None
-    return batch('source', 0),tgt
+    return batch('source', 0), tgt
 
 # %% ../../nbs/demo/02_render.ipynb #58006565
 _LABEL_ID = np.zeros(256, np.uint8)
 _LABEL_ID[list(CITYSCAPES_IDS.values())] = list(CITYSCAPES_IDS)
-_PALETTE = np.zeros((256,3), np.uint8)
+_PALETTE = np.zeros((256, 3), np.uint8)
 _PALETTE[list(CITYSCAPES_IDS)] = [CITYSCAPES19.colors[t] for t in CITYSCAPES_IDS.values()]
 
+
 def _png(arr, palette=None):
-    im,f = Image.fromarray(arr),io.BytesIO()
-    if palette is not None: im.putpalette(palette.ravel())
+    im, f = Image.fromarray(arr), io.BytesIO()
+    if palette is not None:
+        im.putpalette(palette.ravel())
     im.save(f, 'PNG', compress_level=4)
     return f.getvalue()
 
+
 def _plan(root, n_source, n_target, n_val, seed, oracle):
     "Yield (seed, domain, image path, label path or None) of every scene"
-    base = 1_000_000*seed
-    for i in range(n_source): yield base+i,'source',root/f'gta/images/{i+1:05d}.png',root/f'gta/labels/{i+1:05d}.png'
-    for split,city,n,off in (('train','nebelheim',n_target,200_000), ('val','regensberg',n_val,400_000)):
+    base = 1_000_000 * seed
+    for i in range(n_source):
+        yield (
+            base + i,
+            'source',
+            root / f'gta/images/{i + 1:05d}.png',
+            root / f'gta/labels/{i + 1:05d}.png',
+        )
+    for split, city, n, off in (
+        ('train', 'nebelheim', n_target, 200_000),
+        ('val', 'regensberg', n_val, 400_000),
+    ):
         for i in range(n):
             stem = f'{split}/{city}/{city}_{i:06d}_000019'
-            lbl = root/f'cityscapes/gtFine/{stem}_gtFine_labelIds.png' if oracle or split=='val' else None
-            yield base+off+i,'target',root/f'cityscapes/leftImg8bit/{stem}_leftImg8bit.png',lbl
+            lbl = (
+                root / f'cityscapes/gtFine/{stem}_gtFine_labelIds.png'
+                if oracle or split == 'val'
+                else None
+            )
+            yield (
+                base + off + i,
+                'target',
+                root / f'cityscapes/leftImg8bit/{stem}_leftImg8bit.png',
+                lbl,
+            )
 
-def _fingerprint(): return hashlib.sha256(b''.join(a.tobytes() for d in DOMAIN_RANGE for a in render_scene(0,d,(32,64)))).hexdigest()[:12]
+
+def _fingerprint():
+    return hashlib.sha256(
+        b''.join(a.tobytes() for d in DOMAIN_RANGE for a in render_scene(0, d, (32, 64)))
+    ).hexdigest()[:12]
+
+
 def _have(stamp):
     "What the stamp says; nothing if it is not there or damaged"
-    try: return read_json(stamp)
-    except (FileNotFoundError, ValueError): return {}
+    try:
+        return read_json(stamp)
+    except (FileNotFoundError, ValueError):
+        return {}
 
 # %% ../../nbs/demo/02_render.ipynb #d26fa194
 def write_demo(
-    root='data/demo',                         # relative to the project, or absolute
-    n_source=64, n_target=64, n_val=24,       # images: source, target train, target val
-    size=(128,256),                           # (H,W) px
-    seed=0,                                   # other seeds, other streets
-    oracle=True,                              # also write labels of the target's training images
-    quiet=False,                              # no progress bar
-)->Path: # the folder that holds `gta/` and `cityscapes/`
+    root='data/demo',  # relative to the project, or absolute
+    n_source=64,
+    n_target=64,
+    n_val=24,  # images: source, target train, target val
+    size=(128, 256),  # (H,W) px
+    seed=0,  # other seeds, other streets
+    oracle=True,  # also write labels of the target's training images
+    quiet=False,  # no progress bar
+) -> Path:  # the folder that holds `gta/` and `cityscapes/`
     "Write the two domains in GTA's and Cityscapes' layouts; does nothing when they are there"
-    stamp = (root := resolve(root))/'demo.json'
-    want = dict(n_source=n_source, n_target=n_target, n_val=n_val, size=list(size), seed=seed, oracle=oracle, drawing=_fingerprint())
-    ours,have = [p for p in (root/'gta',root/'cityscapes') if p.exists()],_have(stamp)
+    stamp = (root := resolve(root)) / 'demo.json'
+    want = dict(
+        n_source=n_source,
+        n_target=n_target,
+        n_val=n_val,
+        size=list(size),
+        seed=seed,
+        oracle=oracle,
+        drawing=_fingerprint(),
+    )
+    ours, have = [p for p in (root / 'gta', root / 'cityscapes') if p.exists()], _have(stamp)
     if ours and not have:
-        raise FileExistsError(f"{' and '.join(map(str,ours))}: not written by the demo (no readable {stamp.name} there); choose another root")
-    if have!=want|dict(complete=True):
-        if have and have|dict(complete=0)!=want|dict(complete=0):
-            for p in ours: shutil.rmtree(p, ignore_errors=True)
-        write_json(stamp, want|dict(complete=False))
-    todo = [t for t in _plan(root,n_source,n_target,n_val,seed,oracle) if not all(p is None or p.exists() for p in t[2:])]
-    for k,domain,img,lbl in progress_bar(todo, 'drawing the demo', quiet=quiet or not todo):
-        x,y = render_scene(k, domain, size)
-        if lbl: atomic_write(lbl, _png(_LABEL_ID[y], _PALETTE if domain=='source' else None))
+        raise FileExistsError(
+            f"{' and '.join(map(str, ours))}: not written by the demo (no readable {stamp.name} there); choose another root"
+        )
+    if have != want | dict(complete=True):
+        if have and have | dict(complete=0) != want | dict(complete=0):
+            for p in ours:
+                shutil.rmtree(p, ignore_errors=True)
+        write_json(stamp, want | dict(complete=False))
+    todo = [
+        t
+        for t in _plan(root, n_source, n_target, n_val, seed, oracle)
+        if not all(p is None or p.exists() for p in t[2:])
+    ]
+    for k, domain, img, lbl in progress_bar(todo, 'drawing the demo', quiet=quiet or not todo):
+        x, y = render_scene(k, domain, size)
+        if lbl:
+            atomic_write(lbl, _png(_LABEL_ID[y], _PALETTE if domain == 'source' else None))
         atomic_write(img, _png(x))
-    write_json(stamp, want|dict(complete=True))
+    write_json(stamp, want | dict(complete=True))
     return root

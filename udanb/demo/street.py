@@ -8,97 +8,173 @@ __all__ = ['random_street']
 # %% ../../nbs/demo/01_street.ipynb #63d9bb32
 import numpy as np
 from fastcore.basics import patch
-from .geometry import _box, _disc, BUILDING, FENCE, ROAD, SIDEWALK, Street, TERRAIN, VEGETATION
+
+from udanb.demo.geometry import (
+    BUILDING,
+    FENCE,
+    ROAD,
+    SIDEWALK,
+    TERRAIN,
+    VEGETATION,
+    Street,
+    _box,
+    _disc,
+)
 
 # %% ../../nbs/demo/01_street.ipynb #0227a609
 @patch
-def house(self:Street,
-    s:int,      # -1 left, 1 right
-    near, far,  # where the façade begins and ends, m
+def house(
+    self: Street,
+    s: int,  # -1 left, 1 right
+    near,
+    far,  # where the façade begins and ends, m
 ):
     "One house of two to five floors"
-    rng,b,tone,floors = self.rng,s*(self.half+3),self.rng.random(),self.rng.integers(2,6)
-    top,dark = floors*3.1+.8,.35 if s>0 else .05
-    wall = lambda mat,lo,hi,z0,z1,tone,dark: self.add(BUILDING, mat, [(b,lo,z0),(b,lo,z1),(b,hi,z1),(b,hi,z0)], tone, dark)
-    if near>1.5: self.add(BUILDING, 'facade', [(b,0,near),(b+9*s,0,near),(b+9*s,top,near),(b,top,near)], tone, .3)
+    rng = self.rng
+    b = s * (self.half + 3)
+    tone = self.rng.random()
+    floors = self.rng.integers(2, 6)
+    top, dark = floors * 3.1 + 0.8, 0.35 if s > 0 else 0.05
+
+    def wall(mat, lo, hi, z0, z1, tone, dark):
+        return self.add(
+            BUILDING, mat, [(b, lo, z0), (b, lo, z1), (b, hi, z1), (b, hi, z0)], tone, dark
+        )
+
+    if near > 1.5:
+        self.add(
+            BUILDING,
+            'facade',
+            [(b, 0, near), (b + 9 * s, 0, near), (b + 9 * s, top, near), (b, top, near)],
+            tone,
+            0.3,
+        )
     wall('facade', 0, top, near, far, tone, dark)
-    wall('roof', top-.5, top, near, far, tone, dark)
-    n = max(2, int((far-near)/2.6))
-    w,lit = (far-near)/n,rng.random((floors,n))
-    for i in range(floors if near<35 else 0):
-        for j in range(n): wall('window', .9+3.1*i, 2.5+3.1*i, near+w*(j+.25), near+w*(j+.75), lit[i,j], dark*.5)
+    wall('roof', top - 0.5, top, near, far, tone, dark)
+    n = max(2, int((far - near) / 2.6))
+    w, lit = (far - near) / n, rng.random((floors, n))
+    for i in range(floors if near < 35 else 0):
+        for j in range(n):
+            wall(
+                'window',
+                0.9 + 3.1 * i,
+                2.5 + 3.1 * i,
+                near + w * (j + 0.25),
+                near + w * (j + 0.75),
+                lit[i, j],
+                dark * 0.5,
+            )
+
 
 @patch
-def houses(self:Street, s):
+def houses(self: Street, s):
     "A row of houses, sometimes with a gap"
-    z = 62.
-    while z>1.5:
-        near = max(1.2, z-self.rng.uniform(6,13))
+    z = 62.0
+    while z > 1.5:
+        near = max(1.2, z - self.rng.uniform(6, 13))
         self.house(s, near, z)
-        z = near-self.rng.uniform(1,3)*(self.rng.random()<.3)
+        z = near - self.rng.uniform(1, 3) * (self.rng.random() < 0.3)
 
 # %% ../../nbs/demo/01_street.ipynb #2851028e
 @patch
-def park(self:Street, s):
+def park(self: Street, s):
     "Trees behind a fence or a hedge"
-    rng,x = self.rng,s*(self.half+5.2)
-    for z in np.sort(rng.uniform(5,45,9))[::-1]: self.tree(s*(self.half+rng.uniform(6.5,14)), z)
-    tone,h = rng.random(),rng.uniform(1.2,1.5)
-    if rng.random()<.25:
-        for z in np.arange(40,2,-1.2): self.board(VEGETATION, 'crown', x, z, _disc(.75, .45+rng.uniform(0,.25), n=10, wide=1.2), tone, rng.uniform(0,.25))
+    rng, x = self.rng, s * (self.half + 5.2)
+    for z in np.sort(rng.uniform(5, 45, 9))[::-1]:
+        self.tree(s * (self.half + rng.uniform(6.5, 14)), z)
+    tone, h = rng.random(), rng.uniform(1.2, 1.5)
+    if rng.random() < 0.25:
+        for z in np.arange(40, 2, -1.2):
+            self.board(
+                VEGETATION,
+                'crown',
+                x,
+                z,
+                _disc(0.75, 0.45 + rng.uniform(0, 0.25), n=10, wide=1.2),
+                tone,
+                rng.uniform(0, 0.25),
+            )
         return
-    self.add(FENCE, 'fence', [(x,0,2),(x,0,40),(x,h,40),(x,h,2)], tone)
-    for z in np.arange(2,26,.5): self.add(FENCE, 'slat', [(x,.15,z),(x,.15,z+.22),(x,h-.2,z+.22),(x,h-.2,z)], tone)
+    self.add(FENCE, 'fence', [(x, 0, 2), (x, 0, 40), (x, h, 40), (x, h, 2)], tone)
+    for z in np.arange(2, 26, 0.5):
+        self.add(
+            FENCE,
+            'slat',
+            [(x, 0.15, z), (x, 0.15, z + 0.22), (x, h - 0.2, z + 0.22), (x, h - 0.2, z)],
+            tone,
+        )
+
 
 @patch
-def backdrop(self:Street):
+def backdrop(self: Street):
     "The town far away, along the horizon"
-    x,rng = -60.,self.rng
-    while x<60:
-        w = rng.uniform(4,12)
-        if rng.random()<.45: self.board(VEGETATION, 'crown', x, 75, _disc(w*.7, 1., n=12), rng.random(), .15)
-        else: self.board(BUILDING, 'facade', x, 75, _box(w, 0, rng.uniform(4,14)), rng.random(), .2)
-        x += w*.8
+    x, rng = -60.0, self.rng
+    while x < 60:
+        w = rng.uniform(4, 12)
+        if rng.random() < 0.45:
+            self.board(VEGETATION, 'crown', x, 75, _disc(w * 0.7, 1.0, n=12), rng.random(), 0.15)
+        else:
+            self.board(BUILDING, 'facade', x, 75, _box(w, 0, rng.uniform(4, 14)), rng.random(), 0.2)
+        x += w * 0.8
 
 # %% ../../nbs/demo/01_street.ipynb #5f584f32
 @patch
-def ground(self:Street, sides):
+def ground(self: Street, sides):
     "Road, sidewalks and grass"
-    r,rng = self.half,self.rng
-    for s,kind in zip((-1,1), sides):
-        park = kind=='park'
-        self.flat(TERRAIN if park else SIDEWALK, 'grass' if park else 'pavement', s*r, s*90)
-        self.flat(SIDEWALK, 'pavement', s*r, s*(r+(2.4 if park else 3.)))
-        self.flat(SIDEWALK, 'kerb', s*r, s*(r+.25))
+    r, rng = self.half, self.rng
+    for s, kind in zip((-1, 1), sides):
+        park = kind == 'park'
+        self.flat(TERRAIN if park else SIDEWALK, 'grass' if park else 'pavement', s * r, s * 90)
+        self.flat(SIDEWALK, 'pavement', s * r, s * (r + (2.4 if park else 3.0)))
+        self.flat(SIDEWALK, 'kerb', s * r, s * (r + 0.25))
     self.flat(ROAD, 'asphalt', -r, r)
-    for z in np.arange(rng.uniform(2,6), 40, 4): self.flat(ROAD, 'paint', -.09, .09, z, z+2)
-    if rng.random()<.35:
-        z = rng.uniform(7,14)
-        for x in np.arange(.5-r, r-.5): self.flat(ROAD, 'paint', x, x+.5, z, z+2.2)
+    for z in np.arange(rng.uniform(2, 6), 40, 4):
+        self.flat(ROAD, 'paint', -0.09, 0.09, z, z + 2)
+    if rng.random() < 0.35:
+        z = rng.uniform(7, 14)
+        for x in np.arange(0.5 - r, r - 0.5):
+            self.flat(ROAD, 'paint', x, x + 0.5, z, z + 2.2)
 
 # %% ../../nbs/demo/01_street.ipynb #242f65d3
 def random_street(
-    seed:int,     # the same street for the same number
-    aspect=2.,    # image width / height
-)->Street:
+    seed: int,  # the same street for the same number
+    aspect=2.0,  # image width / height
+) -> Street:
     "A random street, complete"
     st = Street(seed, aspect)
-    rng,r,todo = st.rng,st.half,[]
-    def put(what, x, z, *args): todo.append((z, what, x, args))
-    sides = rng.choice(['city','park'], 2, p=[.6,.4])
-    st.backdrop(); st.ground(sides)
-    for s,kind in zip((-1,1), sides):
-        (st.park if kind=='park' else st.houses)(s)
-        for z in np.arange(rng.uniform(5,8), 23, 8.5): put(st.lamp, s*(r+.6), z)
-        if rng.random()<.5: put(st.tree, s*(r+.9), rng.uniform(8,16), SIDEWALK)
-        if rng.random()<.6: put(st.light, s*(r+.5), rng.uniform(5.5,11))
-        if rng.random()<.35: put(st.bicycle, s*(r+rng.uniform(.9,2.)), rng.uniform(5,10))
-        for z in rng.uniform(5,11, rng.integers(0,3)): put(st.sign, s*(r+.7), z)
-        for z in rng.uniform(5,10, rng.integers(0,4)): put(st.person, s*(r+rng.uniform(.8,2.4)), z)
-        for z in np.arange(rng.uniform(5,10), 23, 6):
-            if rng.random()<.55: put(st.car, s*(r-1.1), z)
-    for z in rng.uniform(4.5,9, rng.integers(0,3)): put(st.bicycle, rng.choice([-1,1])*rng.uniform(.2,.6)*r, z, ROAD, True)
-    if rng.random()<.5: put(st.car, rng.choice([-1,1])*.32*r, rng.uniform(7,16))
-    if rng.random()<.3: put(st.person, rng.uniform(-.7,.7)*r, rng.uniform(5,10), ROAD)
-    for z,what,x,args in sorted(todo, key=lambda t: -t[0]): what(x, z, *args)
+    rng = st.rng
+    r = st.half
+    todo = []
+
+    def put(what, x, z, *args):
+        todo.append((z, what, x, args))
+
+    sides = rng.choice(['city', 'park'], 2, p=[0.6, 0.4])
+    st.backdrop()
+    st.ground(sides)
+    for s, kind in zip((-1, 1), sides):
+        (st.park if kind == 'park' else st.houses)(s)
+        for z in np.arange(rng.uniform(5, 8), 23, 8.5):
+            put(st.lamp, s * (r + 0.6), z)
+        if rng.random() < 0.5:
+            put(st.tree, s * (r + 0.9), rng.uniform(8, 16), SIDEWALK)
+        if rng.random() < 0.6:
+            put(st.light, s * (r + 0.5), rng.uniform(5.5, 11))
+        if rng.random() < 0.35:
+            put(st.bicycle, s * (r + rng.uniform(0.9, 2.0)), rng.uniform(5, 10))
+        for z in rng.uniform(5, 11, rng.integers(0, 3)):
+            put(st.sign, s * (r + 0.7), z)
+        for z in rng.uniform(5, 10, rng.integers(0, 4)):
+            put(st.person, s * (r + rng.uniform(0.8, 2.4)), z)
+        for z in np.arange(rng.uniform(5, 10), 23, 6):
+            if rng.random() < 0.55:
+                put(st.car, s * (r - 1.1), z)
+    for z in rng.uniform(4.5, 9, rng.integers(0, 3)):
+        put(st.bicycle, rng.choice([-1, 1]) * rng.uniform(0.2, 0.6) * r, z, ROAD, True)
+    if rng.random() < 0.5:
+        put(st.car, rng.choice([-1, 1]) * 0.32 * r, rng.uniform(7, 16))
+    if rng.random() < 0.3:
+        put(st.person, rng.uniform(-0.7, 0.7) * r, rng.uniform(5, 10), ROAD)
+    for z, what, x, args in sorted(todo, key=lambda t: -t[0]):
+        what(x, z, *args)
     return st

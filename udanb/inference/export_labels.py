@@ -8,133 +8,231 @@ __all__ = ['class_thresholds', 'threshold_labels', 'export_pseudo']
 # %% ../../nbs/inference/05_export_labels.ipynb #fde225f5
 import json
 from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn, Tensor
+from torch import Tensor, nn
+
 from ..core.image_io import READ_ERRORS, read_image_size
 from ..core.state_dicts import weights_hash
 from ..core.storage import atomic_write, write_json
 from ..core.types import IGNORE, normalize
-from ..core.utils import eval_mode, lookup, progress_bar, read_error_message, resolve, stable_repr, warn_skipped
-from ..data.pseudo_labels import _files, has_written_files, label_layout, read_export_journal, read_export_record, stored_ids
+from udanb.core.utils import (
+    eval_mode,
+    lookup,
+    progress_bar,
+    read_error_message,
+    resolve,
+    stable_repr,
+    warn_skipped,
+)
+from udanb.data.pseudo_labels import (
+    _files,
+    has_written_files,
+    label_layout,
+    read_export_journal,
+    read_export_record,
+    stored_ids,
+)
 from .tta import predict_probabilities
 
 # %% ../../nbs/inference/05_export_labels.ipynb #a4f734d3
 def class_thresholds(
-    space,     # `LabelSpace`
-    threshold, # None, a number, or {class name: number}; from 0 to 1
-)->Tensor: # (C,) float32
+    space,  # `LabelSpace`
+    threshold,  # None, a number, or {class name: number}; from 0 to 1
+) -> Tensor:  # (C,) float32
     "The least confidence of each class; unknown classes and impossible numbers raise `ValueError`"
-    each = threshold if isinstance(threshold, dict) else dict.fromkeys(space.classes, threshold or 0.)
-    for c,t in each.items():
+    each = (
+        threshold if isinstance(threshold, dict) else dict.fromkeys(space.classes, threshold or 0.0)
+    )
+    for c, t in each.items():
         lookup(c, space.classes, f'class of {space.name} in threshold')
-        if isinstance(t, bool) or not isinstance(t, (int,float)) or not 0<=t<=1: raise ValueError(f'threshold of {c} is {t}: a confidence lies between 0 and 1')
-    return torch.tensor([float(each.get(c, 0.)) for c in space.classes])
+        if isinstance(t, bool) or not isinstance(t, (int, float)) or not 0 <= t <= 1:
+            raise ValueError(f'threshold of {c} is {t}: a confidence lies between 0 and 1')
+    return torch.tensor([float(each.get(c, 0.0)) for c in space.classes])
+
 
 def threshold_labels(
-    prob:Tensor, # (C,H,W) probabilities
-    t:Tensor,    # (C,), from `class_thresholds`
-)->tuple: # (H,W) int64 classes, the same with `IGNORE` where unsure, (H,W) confidence
+    prob: Tensor,  # (C,H,W) probabilities
+    t: Tensor,  # (C,), from `class_thresholds`
+) -> tuple:  # (H,W) int64 classes, the same with `IGNORE` where unsure, (H,W) confidence
     "The most probable classes, and those of them that reach their threshold"
-    conf,lbl = prob.max(0)
-    return lbl,torch.where(conf<t.to(conf)[lbl], IGNORE, lbl),conf
+    conf, lbl = prob.max(0)
+    return lbl, torch.where(conf < t.to(conf)[lbl], IGNORE, lbl), conf
 
 # %% ../../nbs/inference/05_export_labels.ipynb #6b70d98b
-def _close(out, lost)->Path: # `out`
+def _close(out, lost) -> Path:  # `out`
     "One row per image, in the order of names; the record says how many have a label, and which could not be read"
-    rows,was = read_export_journal(out),read_export_record(out)
-    text = ''.join(json.dumps(rows[n])+'\n' for n in sorted(rows))
-    if text!=(out/'pseudo.jsonl').read_text(errors='replace'): atomic_write(out/'pseudo.jsonl', text)
+    rows, was = read_export_journal(out), read_export_record(out)
+    text = ''.join(json.dumps(rows[n]) + '\n' for n in sorted(rows))
+    if text != (out / 'pseudo.jsonl').read_text(errors='replace'):
+        atomic_write(out / 'pseudo.jsonl', text)
     done = [n for n in rows if has_written_files(out, rows[n])]
-    now = {k:v for k,v in was.items() if k!='skipped'} | dict(images=len(done)) | (dict(skipped=lost) if lost else {})
-    if now!=was: write_json(out/'pseudo.json', now)
+    now = (
+        {k: v for k, v in was.items() if k != 'skipped'}
+        | dict(images=len(done))
+        | (dict(skipped=lost) if lost else {})
+    )
+    if now != was:
+        write_json(out / 'pseudo.json', now)
     return out
+
 
 def _open_journal(out):
     "Ready to append a line, also after half a line"
-    f = open(out/'pseudo.jsonl', 'ab+')
-    f.seek(max(0, f.tell()-1))
-    if f.read(1) not in (b'',b'\n'): f.write(b'\n')
+    f = open(out / 'pseudo.jsonl', 'ab+')
+    f.seek(max(0, f.tell() - 1))
+    if f.read(1) not in (b'', b'\n'):
+        f.write(b'\n')
     return f
 
 # %% ../../nbs/inference/05_export_labels.ipynb #48a5c486
 def _check_export_settings(
-    out:Path,
-    made:dict, # what makes the files
-    files,     # label files, relative
-    names,     # of their images
+    out: Path,
+    made: dict,  # what makes the files
+    files,  # label files, relative
+    names,  # of their images
 ):
     "Make sure that what lies in `out` was made the same way; raises `ValueError` or `FileExistsError`"
-    there,made = (out/'pseudo.json').exists(),json.loads(json.dumps(made))
-    if not there: _remove_orphan_outputs(out, files)
+    there, made = (out / 'pseudo.json').exists(), json.loads(json.dumps(made))
+    if not there:
+        _remove_orphan_outputs(out, files)
     was = read_export_record(out) if there else {}
-    old = {k:v for k,v in was.items() if k not in ('images','skipped')}
-    if there and old!=made:
-        diff = ', '.join(f'{k} {old.get(k)} then, {made.get(k)} now' for k in {**made,**old} if old.get(k)!=made.get(k))
-        raise ValueError(f'{out} holds pseudo-labels made differently ({diff}); delete it or choose another `out`')
-    now = made | was | dict(images=len({*names, *(n for n,r in read_export_journal(out).items() if has_written_files(out, r))}))
-    if now!=was: write_json(out/'pseudo.json', now)
+    old = {k: v for k, v in was.items() if k not in ('images', 'skipped')}
+    if there and old != made:
+        diff = ', '.join(
+            f'{k} {old.get(k)} then, {made.get(k)} now'
+            for k in {**made, **old}
+            if old.get(k) != made.get(k)
+        )
+        raise ValueError(
+            f'{out} holds pseudo-labels made differently ({diff}); delete it or choose another `out`'
+        )
+    now = (
+        made
+        | was
+        | dict(
+            images=len(
+                {
+                    *names,
+                    *(n for n, r in read_export_journal(out).items() if has_written_files(out, r)),
+                }
+            )
+        )
+    )
+    if now != was:
+        write_json(out / 'pseudo.json', now)
+
 
 def _remove_orphan_outputs(out, files):
     "Nothing says how what is there was made: what the journal knows is removed, what it does not know is foreign"
-    ours = {f for r in read_export_journal(out).values() for f in r['bytes'] if (out/f).resolve().is_relative_to(out.resolve())}
-    if old := [out/f for f in files if f not in ours and (out/f).exists()]:
+    ours = {
+        f
+        for r in read_export_journal(out).values()
+        for f in r['bytes']
+        if (out / f).resolve().is_relative_to(out.resolve())
+    }
+    if old := [out / f for f in files if f not in ours and (out / f).exists()]:
         raise FileExistsError(f'{old[0]} was not written by export_pseudo; choose another `out`')
-    for f in (*ours,'pseudo.jsonl'): (out/f).unlink(missing_ok=True)
-
+    for f in (*ours, 'pseudo.jsonl'):
+        (out / f).unlink(missing_ok=True)
 
 # %% ../../nbs/inference/05_export_labels.ipynb #eabbfd24
 def export_pseudo(
-    net:nn.Module,   # returns `SegOutput`
-    folder,          # `SegDataset` or the like: `spec`, `root`, `names`, `image(i)`, `path(i)`, `key(i)`, `_part`
-    out,             # folder for the label files, pseudo.json and pseudo.jsonl
-    space,           # the `LabelSpace` of the network's classes
+    net: nn.Module,  # returns `SegOutput`
+    folder,  # `SegDataset` or the like: `spec`, `root`, `names`, `image(i)`, `path(i)`, `key(i)`, `_part`
+    out,  # folder for the label files, pseudo.json and pseudo.jsonl
+    space,  # the `LabelSpace` of the network's classes
     threshold=None,  # pixels with less confidence become `IGNORE`: a number, or {class name: number}; None = all are kept
-    confidence=False,# also write confidence/…png, 255 = certain
-    tfm=None,        # (H,W,3) uint8 -> the same at network size; None = native size
-    mode='whole',    # or 'slide', or a function (net, images) -> probabilities, see `tta.predict_probabilities`
-    crop=None, stride=None, # for 'slide'
-    device=None,     # None = where the network is
-    quiet=False,     # no bar
-    skip_broken=False, # True: leave images out that cannot be read, with a warning; pseudo.json says why
-)->Path: # `out`
+    confidence=False,  # also write confidence/…png, 255 = certain
+    tfm=None,  # (H,W,3) uint8 -> the same at network size; None = native size
+    mode='whole',  # or 'slide', or a function (net, images) -> probabilities, see `tta.predict_probabilities`
+    crop=None,
+    stride=None,  # for 'slide'
+    device=None,  # None = where the network is
+    quiet=False,  # no bar
+    skip_broken=False,  # True: leave images out that cannot be read, with a warning; pseudo.json says why
+) -> Path:  # `out`
     "Write a pseudo-label for each image, in the image's own size; finished ones are not made again"
-    out,t,dev = resolve(out),class_thresholds(space, threshold),device or next((p.device for p in net.parameters()), 'cpu')
+    out = resolve(out)
+    t = class_thresholds(space, threshold)
+    dev = device or next((p.device for p in net.parameters()), 'cpu')
     files = _files(folder, out, space)
-    _check_export_settings(out, dict(weights=weights_hash(net), dataset=folder.spec.name, split=folder.split, layout=label_layout(folder.spec, space),
-                     classes=space.classes, numbers=stored_ids(space), threshold=dict(zip(space.classes, [round(v,6) for v in t.tolist()])),
-                     confidence=confidence, tfm=stable_repr(tfm), mode=stable_repr(mode), crop=crop, stride=stride), files, folder.names)
-    rows,lost = read_export_journal(out),{}
-    left = [i for i,n in enumerate(folder.names) if n not in rows or files[i] not in rows[n]['bytes'] or not has_written_files(out, rows[n])]
+    _check_export_settings(
+        out,
+        dict(
+            weights=weights_hash(net),
+            dataset=folder.spec.name,
+            split=folder.split,
+            layout=label_layout(folder.spec, space),
+            classes=space.classes,
+            numbers=stored_ids(space),
+            threshold=dict(zip(space.classes, [round(v, 6) for v in t.tolist()])),
+            confidence=confidence,
+            tfm=stable_repr(tfm),
+            mode=stable_repr(mode),
+            crop=crop,
+            stride=stride,
+        ),
+        files,
+        folder.names,
+    )
+    rows, lost = read_export_journal(out), {}
+    left = [
+        i
+        for i, n in enumerate(folder.names)
+        if n not in rows or files[i] not in rows[n]['bytes'] or not has_written_files(out, rows[n])
+    ]
     with _open_journal(out) as log, eval_mode(net):
-        for i in progress_bar(left, 'pseudo-labels', total=len(files), initial=len(files)-len(left), quiet=quiet):
-            try: px,size = folder.image(i),read_image_size(folder.path(i))
+        for i in progress_bar(
+            left, 'pseudo-labels', total=len(files), initial=len(files) - len(left), quiet=quiet
+        ):
+            try:
+                px, size = folder.image(i), read_image_size(folder.path(i))
             except READ_ERRORS as e:
-                if not skip_broken: raise
+                if not skip_broken:
+                    raise
                 lost[folder.names[i]] = read_error_message(e, folder.names[i])
                 continue
             img = normalize(px if tfm is None else tfm(px))[None].to(dev)
             prob = predict_probabilities(net, img, size, mode, crop, stride)[0]
             row = _write(out, files[i], folder.names[i], prob, t, space, confidence)
-            log.write((json.dumps(row)+'\n').encode()); log.flush()
-    warn_skipped(lost, len(files), out/'pseudo.json')
+            log.write((json.dumps(row) + '\n').encode())
+            log.flush()
+    warn_skipped(lost, len(files), out / 'pseudo.json')
     return _close(out, lost)
 
 # %% ../../nbs/inference/05_export_labels.ipynb #6ef150de
-def _write(out, file, name, prob, t, space, confidence)->dict:
+def _write(out, file, name, prob, t, space, confidence) -> dict:
     "The files of one image, and its row"
     n = len(space)
-    if len(prob)!=n: raise ValueError(f'{name}: the network tells {len(prob)} classes apart, {space.name} has {n}; was it trained for another space?')
-    if not prob.isfinite().all(): raise FloatingPointError(f'{name}: the network returned NaN or infinity; are its weights those of a run that diverged?')
-    lbl,kept,conf = (x.cpu() for x in threshold_labels(prob, t))
+    if len(prob) != n:
+        raise ValueError(
+            f'{name}: the network tells {len(prob)} classes apart, {space.name} has {n}; was it trained for another space?'
+        )
+    if not prob.isfinite().all():
+        raise FloatingPointError(
+            f'{name}: the network returned NaN or infinity; are its weights those of a run that diverged?'
+        )
+    lbl, kept, conf = (x.cpu() for x in threshold_labels(prob, t))
     ids = np.full(256, IGNORE, np.uint8)
     ids[:n] = stored_ids(space)
-    save = lambda f,a: atomic_write(out/f, lambda p: Image.fromarray(a).save(p, format='PNG'))
+
+    def save(f, a):
+        return atomic_write(out / f, lambda p: Image.fromarray(a).save(p, format='PNG'))
+
     todo = {file: ids[kept.byte().numpy()]}
-    if confidence: todo[f'confidence/{Path(file).with_suffix(".png")}'] = (conf*255).round().byte().numpy()
-    size = {f: save(f, a).stat().st_size for f,a in todo.items()}
-    flat,px = lbl.flatten(),torch.bincount(lbl.flatten(), minlength=n)
-    mean = torch.bincount(flat, conf.flatten().double(), n)/px.clamp(min=1)
-    left = torch.bincount(kept[kept!=IGNORE].flatten(), minlength=n)
-    return dict(name=name, bytes=size, px=px.tolist(), kept=left.tolist(), conf=[round(c,6) for c in mean.tolist()])
+    if confidence:
+        todo[f'confidence/{Path(file).with_suffix(".png")}'] = (conf * 255).round().byte().numpy()
+    size = {f: save(f, a).stat().st_size for f, a in todo.items()}
+    flat, px = lbl.flatten(), torch.bincount(lbl.flatten(), minlength=n)
+    mean = torch.bincount(flat, conf.flatten().double(), n) / px.clamp(min=1)
+    left = torch.bincount(kept[kept != IGNORE].flatten(), minlength=n)
+    return dict(
+        name=name,
+        bytes=size,
+        px=px.tolist(),
+        kept=left.tolist(),
+        conf=[round(c, 6) for c in mean.tolist()],
+    )

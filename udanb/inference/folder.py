@@ -10,9 +10,11 @@ import json
 import os
 from functools import partial
 from pathlib import Path
+
 import numpy as np
 from PIL import Image
 from torch import nn
+
 from ..core.image_io import READ_ERRORS, read_image
 from ..core.labels import colorize
 from ..core.state_dicts import weights_hash
@@ -22,79 +24,139 @@ from ..core.utils import eval_mode, progress_bar, read_error_message, stable_rep
 from .predict import _classes, _device, _forward
 
 # %% ../../nbs/inference/03_folder.ipynb #995a8f27
-IMAGE_SUFFIXES = ('.png','.jpg','.jpeg','.webp','.bmp','.tif','.tiff')
+IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff')
+
 
 def list_images(
-    src,      # a folder, a list of files, or an object with `names` and `image(i)`
-    out=None, # where results go: its label/ and color/ are not searched
-)->dict: # name relative to the folder -> function () -> (H,W,3) uint8
+    src,  # a folder, a list of files, or an object with `names` and `image(i)`
+    out=None,  # where results go: its label/ and color/ are not searched
+) -> dict:  # name relative to the folder -> function () -> (H,W,3) uint8
     "The images to predict, sorted by name"
-    if hasattr(src, 'image'): return {str(n): partial(src.image, i) for i,n in enumerate(src.names)}
-    if isinstance(src, (str,Path)):
-        root,ours = Path(src).resolve(),{Path(out).resolve()/k for k in ('label','color')} if out else set()
-        if not root.is_dir(): raise FileNotFoundError(f'{root} is not a folder; give a folder of images or a list of image files')
-        files = [p for p in root.rglob('*') if p.suffix.lower() in IMAGE_SUFFIXES and ours.isdisjoint(p.parents)]
+    if hasattr(src, 'image'):
+        return {str(n): partial(src.image, i) for i, n in enumerate(src.names)}
+    if isinstance(src, (str, Path)):
+        root, ours = (
+            Path(src).resolve(),
+            {Path(out).resolve() / k for k in ('label', 'color')} if out else set(),
+        )
+        if not root.is_dir():
+            raise FileNotFoundError(
+                f'{root} is not a folder; give a folder of images or a list of image files'
+            )
+        files = [
+            p
+            for p in root.rglob('*')
+            if p.suffix.lower() in IMAGE_SUFFIXES and ours.isdisjoint(p.parents)
+        ]
     else:
         files = [Path(p).resolve() for p in src]
         root = Path(os.path.commonpath([p.parent for p in files])) if files else Path()
     names = {p.relative_to(root).as_posix(): p for p in files}
-    return {n: partial(read_image, names[n]) for n in sorted(names) if not any(s.startswith('.') for s in n.split('/'))}
+    return {
+        n: partial(read_image, names[n])
+        for n in sorted(names)
+        if not any(s.startswith('.') for s in n.split('/'))
+    }
 
 # %% ../../nbs/inference/03_folder.ipynb #b6743961
-def _color(out, f): return out/'color'/f.relative_to(out/'label')   # of a label file
-def _there(out, f): return [p for p in (f,_color(out, f)) if p.exists()]
+def _color(out, f):
+    return out / 'color' / f.relative_to(out / 'label')  # of a label file
 
-def _record(stamp)->dict:
-    try: return dict(read_json(stamp))
-    except (ValueError,TypeError) as e: raise ValueError(f'{stamp}: damaged ({e}); delete {stamp.parent} and predict again') from e
+
+def _there(out, f):
+    return [p for p in (f, _color(out, f)) if p.exists()]
+
+
+def _record(stamp) -> dict:
+    try:
+        return dict(read_json(stamp))
+    except (ValueError, TypeError) as e:
+        raise ValueError(f'{stamp}: damaged ({e}); delete {stamp.parent} and predict again') from e
+
 
 def _check_export_settings(
-    out:Path,   # the folder of results
-    made:dict,  # what makes them
-    files,      # the label files that are wanted
-)->list: # those still to be made
+    out: Path,  # the folder of results
+    made: dict,  # what makes them
+    files,  # the label files that are wanted
+) -> list:  # those still to be made
     "Make sure that what lies in `out` was made the same way; raises `ValueError` or `FileExistsError`"
-    stamp,made = out/'predict.json',json.loads(json.dumps(made))
+    stamp, made = out / 'predict.json', json.loads(json.dumps(made))
     if not stamp.exists():
         if old := [p for f in files for p in _there(out, f)]:
-            raise FileExistsError(f'{old[0]} is there and was not written by predict_folder; choose another `out`')
+            raise FileExistsError(
+                f'{old[0]} is there and was not written by predict_folder; choose another `out`'
+            )
         write_json(stamp, made)
-    elif (was := {k:v for k,v in _record(stamp).items() if k!='skipped'})!=made:
-        diff = ', '.join(f'{k} {was.get(k)} then, {made.get(k)} now' for k in {**made,**was} if was.get(k)!=made.get(k))
-        raise ValueError(f'{out} holds predictions made differently ({diff}); delete it or choose another `out`')
-    return [f for f in files if len(_there(out, f))<2]
+    elif (was := {k: v for k, v in _record(stamp).items() if k != 'skipped'}) != made:
+        diff = ', '.join(
+            f'{k} {was.get(k)} then, {made.get(k)} now'
+            for k in {**made, **was}
+            if was.get(k) != made.get(k)
+        )
+        raise ValueError(
+            f'{out} holds predictions made differently ({diff}); delete it or choose another `out`'
+        )
+    return [f for f in files if len(_there(out, f)) < 2]
 
 # %% ../../nbs/inference/03_folder.ipynb #1b078936
 def predict_folder(
-    net:nn.Module,   # returns `SegOutput`
-    src,             # a folder, a list of image files, or an object with `names` and `image(i)`
-    out,             # folder for label/…png, color/…png and predict.json
-    space,           # the `LabelSpace` of the network's classes
-    tfm=None,        # (H,W,3) uint8 -> the same at network size; None = native size
-    mode='whole',    # or 'slide' with `crop` and `stride`, or a function, as in `evaluate`
-    crop=None, stride=None,
-    train_ids=False, # write Cityscapes train ids instead of the space's indices
-    device=None,     # None = where the network is
-    quiet=False,     # no bar
-    skip_broken=False, # True: leave images out that cannot be read, with a warning; predict.json says why
-)->Path: # `out`
+    net: nn.Module,  # returns `SegOutput`
+    src,  # a folder, a list of image files, or an object with `names` and `image(i)`
+    out,  # folder for label/…png, color/…png and predict.json
+    space,  # the `LabelSpace` of the network's classes
+    tfm=None,  # (H,W,3) uint8 -> the same at network size; None = native size
+    mode='whole',  # or 'slide' with `crop` and `stride`, or a function, as in `evaluate`
+    crop=None,
+    stride=None,
+    train_ids=False,  # write Cityscapes train ids instead of the space's indices
+    device=None,  # None = where the network is
+    quiet=False,  # no bar
+    skip_broken=False,  # True: leave images out that cannot be read, with a warning; predict.json says why
+) -> Path:  # `out`
     "Write a label and a colour PNG for each image, in the image's own size; finished ones are not made again"
-    out,forward,device,ids = Path(out).resolve(),_forward(mode, crop, stride),device or _device(net),np.arange(256, dtype=np.uint8)
-    if train_ids and space.train_ids: ids[:len(space)] = space.train_ids
-    todo = _jobs(list_images(src, out), out/'label')
-    left,lost = _check_export_settings(out, dict(weights=weights_hash(net), space=space.name, train_ids=train_ids, mode=stable_repr(mode), crop=crop, stride=stride,
-                                 tfm=stable_repr(tfm)), todo),{}
-    save = lambda path,a: atomic_write(path, lambda p: Image.fromarray(a).save(p))
+    out = Path(out).resolve()
+    forward = _forward(mode, crop, stride)
+    device = device or _device(net)
+    ids = np.arange(256, dtype=np.uint8)
+    if train_ids and space.train_ids:
+        ids[: len(space)] = space.train_ids
+    todo = _jobs(list_images(src, out), out / 'label')
+    left, lost = (
+        _check_export_settings(
+            out,
+            dict(
+                weights=weights_hash(net),
+                space=space.name,
+                train_ids=train_ids,
+                mode=stable_repr(mode),
+                crop=crop,
+                stride=stride,
+                tfm=stable_repr(tfm),
+            ),
+            todo,
+        ),
+        {},
+    )
+
+    def save(path, a):
+        return atomic_write(path, lambda p: Image.fromarray(a).save(p))
+
     with eval_mode(net):
-        for f in progress_bar(left, 'predict', total=len(todo), initial=len(todo)-len(left), quiet=quiet):
-            name,read = todo[f]
-            try: px = read()
+        for f in progress_bar(
+            left, 'predict', total=len(todo), initial=len(todo) - len(left), quiet=quiet
+        ):
+            name, read = todo[f]
+            try:
+                px = read()
             except READ_ERRORS as e:
-                if not skip_broken: raise
+                if not skip_broken:
+                    raise
                 lost[name] = read_error_message(e, name)
                 continue
             img = normalize(px if tfm is None else tfm(px))[None].to(device)
-            lbl = _classes(forward(net, img), px.shape[:2], len(space), name)[0].byte().cpu().numpy()
+            lbl = (
+                _classes(forward(net, img), px.shape[:2], len(space), name)[0].byte().cpu().numpy()
+            )
             save(_color(out, f), colorize(lbl, space))
             save(f, ids[lbl])
     return _note(out, lost, len(todo))
@@ -103,17 +165,23 @@ def predict_folder(
 def _jobs(images, folder):
     "Label file -> (name, reader); no images, or two that want the same file, raise `ValueError`"
     jobs = {}
-    if not images: raise ValueError(f"no images to predict; known suffixes: {', '.join(IMAGE_SUFFIXES)}")
-    for n,read in images.items():
-        f = folder/Path(n).with_suffix('.png')
-        if f in jobs: raise ValueError(f'{jobs[f][0]} and {n} would both be written to {f}; rename one of them')
-        jobs[f] = n,read
+    if not images:
+        raise ValueError(f"no images to predict; known suffixes: {', '.join(IMAGE_SUFFIXES)}")
+    for n, read in images.items():
+        f = folder / Path(n).with_suffix('.png')
+        if f in jobs:
+            raise ValueError(
+                f'{jobs[f][0]} and {n} would both be written to {f}; rename one of them'
+            )
+        jobs[f] = n, read
     return jobs
 
-def _note(out, lost, total)->Path: # `out`
+
+def _note(out, lost, total) -> Path:  # `out`
     "Keep in `predict.json` what could not be read this time"
-    was = _record(out/'predict.json')
-    now = {k:v for k,v in was.items() if k!='skipped'} | (dict(skipped=lost) if lost else {})
-    if now!=was: write_json(out/'predict.json', now)
-    warn_skipped(lost, total, out/'predict.json')
+    was = _record(out / 'predict.json')
+    now = {k: v for k, v in was.items() if k != 'skipped'} | (dict(skipped=lost) if lost else {})
+    if now != was:
+        write_json(out / 'predict.json', now)
+    warn_skipped(lost, total, out / 'predict.json')
     return out

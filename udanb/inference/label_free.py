@@ -8,10 +8,12 @@ __all__ = ['SCORE_DIRECTION', 'PredictiveEntropy', 'label_free', 'selection_tabl
 # %% ../../nbs/inference/04_label_free.ipynb #29a7fb2a
 import math
 from pathlib import Path
+
 import pandas as pd
 import torch
-from torch import nn, Tensor
-from ..core.types import normalize, Sample
+from torch import Tensor, nn
+
+from ..core.types import Sample, normalize
 from ..core.utils import eval_mode, progress_bar
 from .folder import list_images
 from .predict import sliding_logits, whole_logits
@@ -19,84 +21,134 @@ from .predict import sliding_logits, whole_logits
 # %% ../../nbs/inference/04_label_free.ipynb #2cc56c73
 class PredictiveEntropy:
     "Entropy of the predictions and of their mean, summed over images"
-    def __init__(self,
-        n:int, # classes, at least 2
-    ):
-        if n<2: raise ValueError(f'{n} classes: with less than 2 there is nothing to be unsure about')
-        self.n,self.total,self.px,self.sum = n,0.,0.,torch.zeros(n, dtype=torch.float64)
 
-    def update(self,
-        prob:Tensor,      # (B,C,H,W) probabilities
-        wgt:Tensor=None,  # (B,H,W), pixels with 0 are left out; None = all count
+    def __init__(
+        self,
+        n: int,  # classes, at least 2
+    ):
+        if n < 2:
+            raise ValueError(f'{n} classes: with less than 2 there is nothing to be unsure about')
+        self.n = n
+        self.total = 0.0
+        self.px = 0.0
+        self.sum = torch.zeros(n, dtype=torch.float64)
+
+    def update(
+        self,
+        prob: Tensor,  # (B,C,H,W) probabilities
+        wgt: Tensor = None,  # (B,H,W), pixels with 0 are left out; None = all count
     ):
         "Count a batch"
-        if prob.shape[1]!=self.n: raise ValueError(f'probabilities of {prob.shape[1]} classes, {self.n} are expected')
-        seen = torch.ones_like(prob[:,0]) if wgt is None else (wgt>0).to(prob.dtype)
-        self.total += (torch.special.entr(prob).sum(1)*seen).sum(dtype=torch.float64).item()
+        if prob.shape[1] != self.n:
+            raise ValueError(f'probabilities of {prob.shape[1]} classes, {self.n} are expected')
+        seen = torch.ones_like(prob[:, 0]) if wgt is None else (wgt > 0).to(prob.dtype)
+        self.total += (torch.special.entr(prob).sum(1) * seen).sum(dtype=torch.float64).item()
         self.px += seen.sum(dtype=torch.float64).item()
-        self.sum += (prob*seen[:,None]).sum((0,2,3), dtype=torch.float64).cpu()
+        self.sum += (prob * seen[:, None]).sum((0, 2, 3), dtype=torch.float64).cpu()
         return self
 
-    def scores(self)->dict: # entropy, balance, info, each in [0,1]
-        if not self.px: raise ValueError('no pixel was counted: there were no images, or all their pixels were left out')
-        entropy,balance = self.total/self.px/math.log(self.n), torch.special.entr(self.sum/self.px).sum().item()/math.log(self.n)
-        return dict(entropy=entropy, balance=balance, info=max(balance-entropy, 0.))    # negative only by rounding
+    def scores(self) -> dict:  # entropy, balance, info, each in [0,1]
+        if not self.px:
+            raise ValueError(
+                'no pixel was counted: there were no images, or all their pixels were left out'
+            )
+        entropy, balance = (
+            self.total / self.px / math.log(self.n),
+            torch.special.entr(self.sum / self.px).sum().item() / math.log(self.n),
+        )
+        return dict(
+            entropy=entropy, balance=balance, info=max(balance - entropy, 0.0)
+        )  # negative only by rounding
 
 # %% ../../nbs/inference/04_label_free.ipynb #8377febd
 def _samples(src, tfm):
     "`Sample`s of a loader or of image files"
-    files = isinstance(src, (str,Path)) or hasattr(src, 'image') or isinstance(src, (list,tuple)) and bool(src) and isinstance(src[0], (str,Path))
+    files = (
+        isinstance(src, (str, Path))
+        or hasattr(src, 'image')
+        or isinstance(src, (list, tuple))
+        and bool(src)
+        and isinstance(src[0], (str, Path))
+    )
     if not files:
-        for x in src: yield x if isinstance(x, Sample) else x[0]
+        for x in src:
+            yield x if isinstance(x, Sample) else x[0]
     else:
-        for n,read in list_images(src).items():
+        for n, read in list_images(src).items():
             px = read()
             yield Sample(normalize(px if tfm is None else tfm(px))[None], name=(n,))
 
 # %% ../../nbs/inference/04_label_free.ipynb #68760b39
 def label_free(
-    net:nn.Module,   # returns `SegOutput`; leaves in the mode it came in
-    src,             # a loader of `Sample`s or of (`Sample`, …); a folder, a list of image files, or an object with `names` and `image(i)`
-    n:int,           # classes
-    tfm=None,        # for files: (H,W,3) uint8 -> the same at network size; None = native size
-    crop=None, stride=None, # windows as in `infer.sliding_logits`; None = whole images
-    quiet=False,     # no bar
-)->dict: # entropy, balance, info, each in [0,1]
+    net: nn.Module,  # returns `SegOutput`; leaves in the mode it came in
+    src,  # a loader of `Sample`s or of (`Sample`, …); a folder, a list of image files, or an object with `names` and `image(i)`
+    n: int,  # classes
+    tfm=None,  # for files: (H,W,3) uint8 -> the same at network size; None = native size
+    crop=None,
+    stride=None,  # windows as in `infer.sliding_logits`; None = whole images
+    quiet=False,  # no bar
+) -> dict:  # entropy, balance, info, each in [0,1]
     "Scores of a network on images without labels"
-    count,device = PredictiveEntropy(n),next((p.device for p in net.parameters()), torch.device('cpu'))
+    count, device = (
+        PredictiveEntropy(n),
+        next((p.device for p in net.parameters()), torch.device('cpu')),
+    )
     with eval_mode(net):
         for x in progress_bar(_samples(src, tfm), 'label-free', quiet=quiet):
             img = x.img.to(device)
-            logits = whole_logits(net, img) if crop is None else sliding_logits(net, img, crop, stride)
+            logits = (
+                whole_logits(net, img) if crop is None else sliding_logits(net, img, crop, stride)
+            )
             if not logits.isfinite().all():
-                raise FloatingPointError(f"{', '.join(x.name)}: the network returned NaN or infinity; are its weights those of a run that diverged?")
+                raise FloatingPointError(
+                    f"{', '.join(x.name)}: the network returned NaN or infinity; are its weights those of a run that diverged?"
+                )
             count.update(logits.softmax(1), None if x.wgt is None else x.wgt.to(device))
     return count.scores()
 
 # %% ../../nbs/inference/04_label_free.ipynb #8c807402
-SCORE_DIRECTION = dict(entropy=-1, balance=1, info=1)   # +1: higher is better
+SCORE_DIRECTION = dict(entropy=-1, balance=1, info=1)  # +1: higher is better
+
 
 def selection_table(
-    scores:dict, # run -> {score: value}, see `label_free`
-    mious:dict,  # run -> mIoU in %
-)->pd.DataFrame: # a row per run, best mIoU first
+    scores: dict,  # run -> {score: value}, see `label_free`
+    mious: dict,  # run -> mIoU in %
+) -> pd.DataFrame:  # a row per run, best mIoU first
     "Scores beside mIoU"
-    if odd := sorted({*scores} ^ {*mious}): raise ValueError(f"runs with only one of scores and mIoU: {', '.join(map(str,odd))}; leave them out of both")
+    if odd := sorted({*scores} ^ {*mious}):
+        raise ValueError(
+            f"runs with only one of scores and mIoU: {', '.join(map(str, odd))}; leave them out of both"
+        )
     tab = pd.DataFrame(dict(scores)).T.astype(float)
-    return tab.assign(mIoU=pd.Series(mious, dtype=float)).sort_values('mIoU', ascending=False, kind='stable')
+    return tab.assign(mIoU=pd.Series(mious, dtype=float)).sort_values(
+        'mIoU', ascending=False, kind='stable'
+    )
+
 
 def rank_correlation(
-    scores:dict, mious:dict, # as for `selection_table`; at least 3 runs
-    better=SCORE_DIRECTION,           # score -> 1 if higher is better, -1 if lower is
-)->pd.DataFrame: # a row per score: rho in [-1,1] (NaN if all runs tie), chosen run, its mIoU, mIoU lost against the best, number of runs
+    scores: dict,
+    mious: dict,  # as for `selection_table`; at least 3 runs
+    better=SCORE_DIRECTION,  # score -> 1 if higher is better, -1 if lower is
+) -> pd.DataFrame:  # a row per score: rho in [-1,1] (NaN if all runs tie), chosen run, its mIoU, mIoU lost against the best, number of runs
     "How far each score orders runs as mIoU does (Spearman)"
     tab = selection_table(scores, mious).loc[list(scores)]
-    if len(tab)<3: raise ValueError(f'{len(tab)} runs have no rank correlation worth the name; give at least 3')
-    if bad := tab.columns[tab.isna().any()].tolist(): raise ValueError(f"missing values in {', '.join(bad)}; leave such runs out")
-    rows,miou = {},tab['mIoU']
+    if len(tab) < 3:
+        raise ValueError(
+            f'{len(tab)} runs have no rank correlation worth the name; give at least 3'
+        )
+    if bad := tab.columns[tab.isna().any()].tolist():
+        raise ValueError(f"missing values in {', '.join(bad)}; leave such runs out")
+    rows, miou = {}, tab['mIoU']
     for k in tab.columns.drop('mIoU'):
-        if k not in better: raise ValueError(f"score '{k}': say in `better` if higher (1) or lower (-1) is better")
-        s = better[k]*tab[k]
-        rho = s.rank().corr(miou.rank()) if s.nunique()>1 and miou.nunique()>1 else math.nan
-        rows[k] = dict(rho=rho, chosen=s.idxmax(), miou=miou[s.idxmax()], lost=miou.max()-miou[s.idxmax()], runs=len(tab))
+        if k not in better:
+            raise ValueError(f"score '{k}': say in `better` if higher (1) or lower (-1) is better")
+        s = better[k] * tab[k]
+        rho = s.rank().corr(miou.rank()) if s.nunique() > 1 and miou.nunique() > 1 else math.nan
+        rows[k] = dict(
+            rho=rho,
+            chosen=s.idxmax(),
+            miou=miou[s.idxmax()],
+            lost=miou.max() - miou[s.idxmax()],
+            runs=len(tab),
+        )
     return pd.DataFrame(rows).T.astype(dict(rho=float, miou=float, lost=float, runs=int))

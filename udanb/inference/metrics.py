@@ -12,140 +12,209 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 from torch import Tensor
+
 from ..core.types import IGNORE
 
 # %% ../../nbs/inference/01_metrics.ipynb #32886a92
 class ConfusionMatrix:
     "Counts of (true class, predicted class) over all pixels seen"
-    def __init__(self,
-        n:int,        # classes 0…n-1, at most 254
-        device='cpu', # where to count
+
+    def __init__(
+        self,
+        n: int,  # classes 0…n-1, at most 254
+        device='cpu',  # where to count
     ):
-        if not 0<n<IGNORE: raise ValueError(f'{n} classes: must be 1 to {IGNORE-1}, because {IGNORE} means ignore')
-        self.n,self.mat = n,torch.zeros(n, n, dtype=torch.int64, device=device) # rows are the truth
-    def state(self)->dict: return dict(n=self.n, mat=self.mat.tolist())
+        if not 0 < n < IGNORE:
+            raise ValueError(
+                f'{n} classes: must be 1 to {IGNORE - 1}, because {IGNORE} means ignore'
+            )
+        self.n, self.mat = (
+            n,
+            torch.zeros(n, n, dtype=torch.int64, device=device),
+        )  # rows are the truth
+
+    def state(self) -> dict:
+        return dict(n=self.n, mat=self.mat.tolist())
+
     @classmethod
-    def from_state(cls, state:dict): return cls(state['n']).add_(torch.tensor(state['mat'], dtype=torch.int64))
-    def add_(self, mat:Tensor):
+    def from_state(cls, state: dict):
+        return cls(state['n']).add_(torch.tensor(state['mat'], dtype=torch.int64))
+
+    def add_(self, mat: Tensor):
         "Add the counts of an (n,n) matrix"
-        if mat.shape!=self.mat.shape: raise ValueError(f'counts of {len(mat)} classes cannot be added to counts of {self.n}')
+        if mat.shape != self.mat.shape:
+            raise ValueError(f'counts of {len(mat)} classes cannot be added to counts of {self.n}')
         self.mat += mat.to(self.mat.device)
         return self
-    def __add__(self, other): return ConfusionMatrix(self.n, self.mat.device).add_(self.mat).add_(other.mat)
-    def __repr__(self): return f'ConfusionMatrix({self.n} classes, {self.mat.sum():,} pixels, mIoU {100*self.miou():.2f})'
+
+    def __add__(self, other):
+        return ConfusionMatrix(self.n, self.mat.device).add_(self.mat).add_(other.mat)
+
+    def __repr__(self):
+        return f'ConfusionMatrix({self.n} classes, {self.mat.sum():,} pixels, mIoU {100 * self.miou():.2f})'
 
 # %% ../../nbs/inference/01_metrics.ipynb #f462fdbd
 def _flat(
-    x,         # integers, array or tensor of any shape
-    what:str,  # for messages
+    x,  # integers, array or tensor of any shape
+    what: str,  # for messages
     device,
-)->Tensor: # flat uint8, on `device`
+) -> Tensor:  # flat uint8, on `device`
     "Check that these are class numbers"
-    if isinstance(x, np.ndarray):                 # torch wants a writable array without flips, of a type it knows
-        x = torch.from_numpy(np.require(x, np.int64 if x.dtype.kind in 'iu' and x.dtype!=np.uint8 else x.dtype, 'CW'))
+    if isinstance(x, np.ndarray):  # torch wants a writable array without flips, of a type it knows
+        x = torch.from_numpy(
+            np.require(
+                x, np.int64 if x.dtype.kind in 'iu' and x.dtype != np.uint8 else x.dtype, 'CW'
+            )
+        )
     x = x.to(device)
-    if x.is_floating_point(): raise ValueError(f'a {what} holds class numbers, not {x.dtype}; take the argmax over classes first')
-    if x.dtype!=torch.uint8 and x.numel():
-        lo,hi = (int(v) for v in x.aminmax())
-        if lo<0 or hi>255: raise ValueError(f'{what} with values from {lo} to {hi}; classes and {IGNORE} lie within 0…255')
+    if x.is_floating_point():
+        raise ValueError(
+            f'a {what} holds class numbers, not {x.dtype}; take the argmax over classes first'
+        )
+    if x.dtype != torch.uint8 and x.numel():
+        lo, hi = (int(v) for v in x.aminmax())
+        if lo < 0 or hi > 255:
+            raise ValueError(
+                f'{what} with values from {lo} to {hi}; classes and {IGNORE} lie within 0…255'
+            )
     return x.to(torch.uint8).flatten()
 
+
 def _raise_outside(
-    counts:Tensor, # (256,) pixels of each value
-    what:str,
-    n:int,
+    counts: Tensor,  # (256,) pixels of each value
+    what: str,
+    n: int,
 ):
     "Raise `ValueError` naming the values that occurred and should not"
-    if bad := {i:c for i,c in enumerate(counts.tolist()) if c}:
-        raise ValueError(f"{what} outside the {n} classes: {', '.join(f'{i} ({c} px)' for i,c in bad.items())}; is it in another numbering?")
+    if bad := {i: c for i, c in enumerate(counts.tolist()) if c}:
+        raise ValueError(
+            f"{what} outside the {n} classes: {', '.join(f'{i} ({c} px)' for i, c in bad.items())}; is it in another numbering?"
+        )
 
 # %% ../../nbs/inference/01_metrics.ipynb #e04e2916
-def _slots(t, p): return torch.bincount(t.int().mul_(256).add_(p), minlength=65536).view(256,256)
+def _slots(t, p):
+    return torch.bincount(t.int().mul_(256).add_(p), minlength=65536).view(256, 256)
+
 
 def _pairs(
-    t:Tensor,    # flat uint8
-    p:Tensor,    # the same
-    piece=2**24, # pixels counted at once: above this a float32 count would be rounded
-)->Tensor: # (256,256) int64: pixels of each pair (t,p)
+    t: Tensor,  # flat uint8
+    p: Tensor,  # the same
+    piece=2**24,  # pixels counted at once: above this a float32 count would be rounded
+) -> Tensor:  # (256,256) int64: pixels of each pair (t,p)
     "How often each pair of values occurs"
-    if t.device.type!='cpu': return _slots(t, p)
-    hist,t,p = torch.zeros(256, 256, dtype=torch.int64),t.numpy(),p.numpy()
+    if t.device.type != 'cpu':
+        return _slots(t, p)
+    hist = torch.zeros(256, 256, dtype=torch.int64)
+    t = t.numpy()
+    p = p.numpy()
     for i in range(0, len(t), piece):
-        n = cv2.calcHist([t[i:i+piece],p[i:i+piece]], [0,1], None, [256,256], [0,256,0,256])
+        n = cv2.calcHist(
+            [t[i : i + piece], p[i : i + piece]], [0, 1], None, [256, 256], [0, 256, 0, 256]
+        )
         hist += torch.from_numpy(n).long()
     return hist
 
 # %% ../../nbs/inference/01_metrics.ipynb #1e3a8f73
 @patch
-def update(self:ConfusionMatrix,
-    pred, # class numbers 0…n-1, any shape; array or tensor of integers
+def update(
+    self: ConfusionMatrix,
+    pred,  # class numbers 0…n-1, any shape; array or tensor of integers
     lbl,  # the truth in the same shape, `IGNORE` where it is not known
 ):
     "Count one image or batch; shapes that differ and values outside the classes raise `ValueError` and nothing is counted"
-    n,dev = self.n,self.mat.device
-    if tuple(pred.shape)!=tuple(lbl.shape): raise ValueError(f'prediction {tuple(pred.shape)} and label {tuple(lbl.shape)} differ in shape')
-    p,t = _flat(pred, 'prediction', dev),_flat(lbl, 'label', dev)
+    n, dev = self.n, self.mat.device
+    if tuple(pred.shape) != tuple(lbl.shape):
+        raise ValueError(
+            f'prediction {tuple(pred.shape)} and label {tuple(lbl.shape)} differ in shape'
+        )
+    p, t = _flat(pred, 'prediction', dev), _flat(lbl, 'label', dev)
     hist = _pairs(t, p)
-    if int(hist[:n,:n].sum()+hist[IGNORE,:n].sum())!=p.numel():
-        rows,cols = hist.sum(1),hist.sum(0)
-        rows[:n] = 0; rows[IGNORE] = 0; cols[:n] = 0
-        _raise_outside(rows, 'label', n); _raise_outside(cols, 'prediction', n)
-    self.mat += hist[:n,:n]
+    if int(hist[:n, :n].sum() + hist[IGNORE, :n].sum()) != p.numel():
+        rows, cols = hist.sum(1), hist.sum(0)
+        rows[:n] = 0
+        rows[IGNORE] = 0
+        cols[:n] = 0
+        _raise_outside(rows, 'label', n)
+        _raise_outside(cols, 'prediction', n)
+    self.mat += hist[:n, :n]
     return self
 
 # %% ../../nbs/inference/01_metrics.ipynb #3b613753
-def _ratio(a, b): return torch.where(b>0, a/b, torch.nan)
-def _diag(m): return m.diagonal().double()
+def _ratio(a, b):
+    return torch.where(b > 0, a / b, torch.nan)
+
+
+def _diag(m):
+    return m.diagonal().double()
+
 
 @patch
-def iou(self:ConfusionMatrix)->np.ndarray:
+def iou(self: ConfusionMatrix) -> np.ndarray:
     "(n,) intersection over union per class; NaN for a class that never occurred"
     d = _diag(self.mat)
-    return _ratio(d, self.mat.sum(0)+self.mat.sum(1)-d).cpu().numpy()
+    return _ratio(d, self.mat.sum(0) + self.mat.sum(1) - d).cpu().numpy()
+
+
 @patch
-def class_accuracy(self:ConfusionMatrix)->np.ndarray:
+def class_accuracy(self: ConfusionMatrix) -> np.ndarray:
     "(n,) share of each class' pixels that were found; NaN where the truth has none"
     return _ratio(_diag(self.mat), self.mat.sum(1)).cpu().numpy()
+
+
 @patch
-def pixel_accuracy(self:ConfusionMatrix)->float:
+def pixel_accuracy(self: ConfusionMatrix) -> float:
     "Share of right pixels; NaN before the first pixel"
     return float(_ratio(_diag(self.mat).sum(), self.mat.sum()))
 
 # %% ../../nbs/inference/01_metrics.ipynb #2a4acf35
-def _mean(x): return float(np.mean(x[~np.isnan(x)])) if not np.isnan(x).all() else float('nan')
+def _mean(x):
+    return float(np.mean(x[~np.isnan(x)])) if not np.isnan(x).all() else float('nan')
+
 
 @patch
-def miou(self:ConfusionMatrix,
-    over=None, # class numbers to average; None = all
-)->float:
+def miou(
+    self: ConfusionMatrix,
+    over=None,  # class numbers to average; None = all
+) -> float:
     "Mean IoU in [0,1] over the classes that occurred"
     return _mean(self.iou() if over is None else self.iou()[list(over)])
+
+
 @patch
-def mean_accuracy(self:ConfusionMatrix)->float:
+def mean_accuracy(self: ConfusionMatrix) -> float:
     "Mean of `class_acc` over the classes that occurred"
     return _mean(self.class_accuracy())
 
 # %% ../../nbs/inference/01_metrics.ipynb #59a35eec
 def iou_dict(
-    conf:ConfusionMatrix, # counts
-    space,          # the `LabelSpace` of its classes
-)->dict: # class name -> IoU in %, None if it never occurred
+    conf: ConfusionMatrix,  # counts
+    space,  # the `LabelSpace` of its classes
+) -> dict:  # class name -> IoU in %, None if it never occurred
     "IoU per class, ready for JSON"
-    if len(space)!=conf.n: raise ValueError(f'{conf.n} classes were counted, {space.name} has {len(space)}')
-    return {k: None if np.isnan(v) else round(100*float(v), 4) for k,v in zip(space.classes, conf.iou())}
+    if len(space) != conf.n:
+        raise ValueError(f'{conf.n} classes were counted, {space.name} has {len(space)}')
+    return {
+        k: None if np.isnan(v) else round(100 * float(v), 4)
+        for k, v in zip(space.classes, conf.iou())
+    }
+
 
 def comparison_table(
-    runs:dict, # name -> {class: IoU in %, or None}; the first is the one to compare with
-)->pd.DataFrame: # a row per class, mIoU last; a column per run, then the differences to the first
+    runs: dict,  # name -> {class: IoU in %, or None}; the first is the one to compare with
+) -> (
+    pd.DataFrame
+):  # a row per class, mIoU last; a column per run, then the differences to the first
     "Scores side by side"
     tab = pd.DataFrame(runs, dtype=float)
     tab.loc['mIoU'] = tab.mean()
-    for k in list(runs)[1:]: tab[f'Δ {k}'] = tab[k]-tab.iloc[:,0]
+    for k in list(runs)[1:]:
+        tab[f'Δ {k}'] = tab[k] - tab.iloc[:, 0]
     return tab
 
+
 def miou_table(
-    runs:dict, # name -> `ConfusionMatrix`; the first is the one to compare with
-    space,     # the `LabelSpace` of their classes
-)->pd.DataFrame: # IoU in %, see `comparison_table`
+    runs: dict,  # name -> `ConfusionMatrix`; the first is the one to compare with
+    space,  # the `LabelSpace` of their classes
+) -> pd.DataFrame:  # IoU in %, see `comparison_table`
     "Runs side by side"
-    return comparison_table({k: iou_dict(c, space) for k,c in runs.items()})
+    return comparison_table({k: iou_dict(c, space) for k, c in runs.items()})

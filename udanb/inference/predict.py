@@ -7,108 +7,141 @@ __all__ = ['whole_logits', 'predict', 'sliding_windows', 'sliding_logits', 'eval
 
 # %% ../../nbs/inference/00_predict.ipynb #25586d48
 from functools import partial
+
 import torch
 import torch.nn.functional as F
-from torch import nn, Tensor
+from torch import Tensor, nn
+
 from ..core.utils import eval_mode, lookup, progress_bar, upsample
 
 # %% ../../nbs/inference/00_predict.ipynb #faebb748
 def whole_logits(
-    net:nn.Module, # returns `SegOutput`
-    img:Tensor,    # (B,3,H,W) float, ImageNet-normalised
-)->Tensor: # (B,C,H,W) logits
+    net: nn.Module,  # returns `SegOutput`
+    img: Tensor,  # (B,3,H,W) float, ImageNet-normalised
+) -> Tensor:  # (B,C,H,W) logits
     "One forward over the whole image, logits at input size"
     return upsample(net(img).logits, img.shape[-2:])
 
+
 def predict(
-    net:nn.Module, # returns `SegOutput`
-    img:Tensor,    # (B,3,H,W) float, ImageNet-normalised
-    size=None,     # (H,W) of the answer; None = the input's
-)->Tensor: # (B,C,H,W) probabilities
+    net: nn.Module,  # returns `SegOutput`
+    img: Tensor,  # (B,3,H,W) float, ImageNet-normalised
+    size=None,  # (H,W) of the answer; None = the input's
+) -> Tensor:  # (B,C,H,W) probabilities
     "Class probabilities of whole images; softmax comes after the last scaling, as in DAFormer"
-    with eval_mode(net): return upsample(whole_logits(net, img), size or img.shape[-2:]).softmax(1)
+    with eval_mode(net):
+        return upsample(whole_logits(net, img), size or img.shape[-2:]).softmax(1)
 
 # %% ../../nbs/inference/00_predict.ipynb #2b36a51a
-def _pair(x): return (x,x) if isinstance(x,int) else tuple(x)
+def _pair(x):
+    return (x, x) if isinstance(x, int) else tuple(x)
+
 
 def sliding_windows(
-    size,   # (H,W) of the image
-    crop,   # window: pixels, or (h,w)
-    stride, # from window to window: pixels, or (y,x)
-)->list: # of (top,left)
+    size,  # (H,W) of the image
+    crop,  # window: pixels, or (h,w)
+    stride,  # from window to window: pixels, or (y,x)
+) -> list:  # of (top,left)
     "Where windows lie so that they cover the image; a stride that would leave gaps raises `ValueError`"
+
     def starts(n, c, s):
-        if not 0<s<=c: raise ValueError(f'stride {s} does not cover the image with windows of {c} pixels; choose a stride from 1 to {c}')
-        return [max(min(i*s, n-c), 0) for i in range(max(n-c+s-1, 0)//s+1)]
-    ys,xs = (starts(*a) for a in zip(size, _pair(crop), _pair(stride)))
-    return [(y,x) for y in ys for x in xs]
+        if not 0 < s <= c:
+            raise ValueError(
+                f'stride {s} does not cover the image with windows of {c} pixels; choose a stride from 1 to {c}'
+            )
+        return [max(min(i * s, n - c), 0) for i in range(max(n - c + s - 1, 0) // s + 1)]
+
+    ys, xs = (starts(*a) for a in zip(size, _pair(crop), _pair(stride)))
+    return [(y, x) for y in ys for x in xs]
 
 # %% ../../nbs/inference/00_predict.ipynb #6205c78d
 def sliding_logits(
-    net:nn.Module, # returns `SegOutput`
-    img:Tensor,    # (B,3,H,W) float, ImageNet-normalised
-    crop,          # window: pixels, or (h,w)
-    stride=None,   # from window to window; None = half a window
-    batch=8,       # windows per forward (times B images): memory against speed
-)->Tensor: # (B,C,H,W) logits, averaged where windows overlap
+    net: nn.Module,  # returns `SegOutput`
+    img: Tensor,  # (B,3,H,W) float, ImageNet-normalised
+    crop,  # window: pixels, or (h,w)
+    stride=None,  # from window to window; None = half a window
+    batch=8,  # windows per forward (times B images): memory against speed
+) -> Tensor:  # (B,C,H,W) logits, averaged where windows overlap
     "Window by window over images of any size"
-    (b,_,h,w),(ch,cw) = img.shape,_pair(crop)
-    img = F.pad(img, (0, max(cw-w,0), 0, max(ch-h,0)))
-    at = sliding_windows(img.shape[-2:], (ch,cw), stride or (max(ch//2,1), max(cw//2,1)))
-    total,count = None,img.new_zeros(img.shape[-2:])
+    (b, _, h, w), (ch, cw) = img.shape, _pair(crop)
+    img = F.pad(img, (0, max(cw - w, 0), 0, max(ch - h, 0)))
+    at = sliding_windows(img.shape[-2:], (ch, cw), stride or (max(ch // 2, 1), max(cw // 2, 1)))
+    total, count = None, img.new_zeros(img.shape[-2:])
     for i in range(0, len(at), batch):
-        part = at[i:i+batch]
-        out = whole_logits(net, torch.cat([img[:,:,y:y+ch,x:x+cw] for y,x in part]))
-        if total is None: total = out.new_zeros(b, out.shape[1], *img.shape[-2:])
-        for (y,x),o in zip(part, out.split(b)):
-            total[:,:,y:y+ch,x:x+cw] += o
-            count[y:y+ch,x:x+cw] += 1
-    return (total/count)[:,:,:h,:w]
+        part = at[i : i + batch]
+        out = whole_logits(net, torch.cat([img[:, :, y : y + ch, x : x + cw] for y, x in part]))
+        if total is None:
+            total = out.new_zeros(b, out.shape[1], *img.shape[-2:])
+        for (y, x), o in zip(part, out.split(b)):
+            total[:, :, y : y + ch, x : x + cw] += o
+            count[y : y + ch, x : x + cw] += 1
+    return (total / count)[:, :, :h, :w]
 
 # %% ../../nbs/inference/00_predict.ipynb #a963abbb
 def _forward(mode, crop, stride):
     "(network, images) -> scores at input size"
     if callable(mode):
-        if (crop,stride)!=(None,None): raise ValueError(f"mode {mode} is a function and cuts its own windows: give crop and stride to it (functools.partial)")
+        if (crop, stride) != (None, None):
+            raise ValueError(
+                f"mode {mode} is a function and cuts its own windows: give crop and stride to it (functools.partial)"
+            )
         return mode
-    if lookup(mode, ('whole','slide'), 'mode')=='whole': return whole_logits
-    if crop is None: raise ValueError("mode='slide' needs crop, the side of the window in pixels")
+    if lookup(mode, ('whole', 'slide'), 'mode') == 'whole':
+        return whole_logits
+    if crop is None:
+        raise ValueError("mode='slide' needs crop, the side of the window in pixels")
     return partial(sliding_logits, crop=crop, stride=stride)
 
-def _device(net): return next((p.device for p in net.parameters()), torch.device('cpu'))
+
+def _device(net):
+    return next((p.device for p in net.parameters()), torch.device('cpu'))
+
 
 def _classes(
-    logits:Tensor, # (B,C,h,w)
-    size,          # (H,W) of the answer
-    n:int,         # classes there should be
-    name,          # for messages
-)->Tensor: # (B,H,W) int64
+    logits: Tensor,  # (B,C,h,w)
+    size,  # (H,W) of the answer
+    n: int,  # classes there should be
+    name,  # for messages
+) -> Tensor:  # (B,H,W) int64
     "The most likely class of each pixel; NaN or an unexpected number of classes raises"
-    if logits.shape[1]!=n:
-        raise ValueError(f'the network tells {logits.shape[1]} classes apart, {n} are expected; were its weights made for another label space?')
-    if not logits.isfinite().all(): raise FloatingPointError(f'{name}: the network returned NaN or infinity; are its weights those of a run that diverged?')
+    if logits.shape[1] != n:
+        raise ValueError(
+            f'the network tells {logits.shape[1]} classes apart, {n} are expected; were its weights made for another label space?'
+        )
+    if not logits.isfinite().all():
+        raise FloatingPointError(
+            f'{name}: the network returned NaN or infinity; are its weights those of a run that diverged?'
+        )
     return upsample(logits, size).argmax(1)
 
 # %% ../../nbs/inference/00_predict.ipynb #f1bbbf7c
 def evaluate(
-    net:nn.Module,   # returns `SegOutput`; leaves in the mode it came in
-    loader,          # yields (`Sample` at network size, label (H,W) or (B,H,W) at native size)
-    conf,            # counts: has `n` and `update(pred, lbl)`, see `metrics.ConfusionMatrix`
-    device=None,     # None = where the network is
-    mode='whole',    # or 'slide', or a function (net, (B,3,H,W)) -> scores (B,C,H,W)
-    crop=None,       # for 'slide': window in pixels of the network's input
-    stride=None,     # for 'slide'; None = half a window
-    desc='evaluate', # label of the bar
-    quiet=False,     # no bar
-): # the same `conf`, filled
+    net: nn.Module,  # returns `SegOutput`; leaves in the mode it came in
+    loader,  # yields (`Sample` at network size, label (H,W) or (B,H,W) at native size)
+    conf,  # counts: has `n` and `update(pred, lbl)`, see `metrics.ConfusionMatrix`
+    device=None,  # None = where the network is
+    mode='whole',  # or 'slide', or a function (net, (B,3,H,W)) -> scores (B,C,H,W)
+    crop=None,  # for 'slide': window in pixels of the network's input
+    stride=None,  # for 'slide'; None = half a window
+    desc='evaluate',  # label of the bar
+    quiet=False,  # no bar
+):  # the same `conf`, filled
     "Predict every image at the size of its label and count; errors name the image"
-    forward,device,seen = _forward(mode, crop, stride),device or _device(net),0
+    forward = _forward(mode, crop, stride)
+    device = device or _device(net)
+    seen = 0
     with eval_mode(net):
-        for x,lbl in progress_bar(loader, desc, quiet=quiet):
-            if lbl.ndim==2: lbl = lbl[None]
-            pred = _classes(forward(net, x.img.to(device)), lbl.shape[-2:], conf.n, ', '.join(map(str,x.name)))
-            try: conf.update(pred, lbl)
-            except ValueError as e: raise ValueError(f"{', '.join(map(str,x.name))}: {e}") from e
+        for x, lbl in progress_bar(loader, desc, quiet=quiet):
+            if lbl.ndim == 2:
+                lbl = lbl[None]
+            pred = _classes(
+                forward(net, x.img.to(device)), lbl.shape[-2:], conf.n, ', '.join(map(str, x.name))
+            )
+            try:
+                conf.update(pred, lbl)
+            except ValueError as e:
+                raise ValueError(f"{', '.join(map(str, x.name))}: {e}") from e
             seen += len(x)
-    if not seen: raise ValueError('nothing to evaluate: the loader is empty')
+    if not seen:
+        raise ValueError('nothing to evaluate: the loader is empty')
     return conf

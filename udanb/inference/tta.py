@@ -6,70 +6,95 @@
 __all__ = ['TTA_SCALES', 'scaled_size', 'predict_view', 'tta', 'predict_probabilities']
 
 # %% ../../nbs/inference/02_tta.ipynb #bf6ef767
-from torch import nn, Tensor
+from torch import Tensor, nn
+
 from ..core.utils import eval_mode, lookup, upsample
 from .predict import sliding_logits, whole_logits
 
 # %% ../../nbs/inference/02_tta.ipynb #12d820ea
 def scaled_size(
-    hw,          # (H,W) in pixels
-    ratio:float, # above 0
-)->tuple: # (H,W), nearest integers, at least 1
+    hw,  # (H,W) in pixels
+    ratio: float,  # above 0
+) -> tuple:  # (H,W), nearest integers, at least 1
     "The size of a view"
-    if not ratio>0: raise ValueError(f'ratio {ratio}: an image cannot be scaled by it; give a number above 0, such as 0.5 or 1.75')
-    return tuple(max(1, int(n*ratio+.5)) for n in hw)
+    if not ratio > 0:
+        raise ValueError(
+            f'ratio {ratio}: an image cannot be scaled by it; give a number above 0, such as 0.5 or 1.75'
+        )
+    return tuple(max(1, int(n * ratio + 0.5)) for n in hw)
 
 # %% ../../nbs/inference/02_tta.ipynb #7fb4c9c6
 def predict_view(
-    net:nn.Module,   # returns `SegOutput`; in evaluation mode
-    img:Tensor,      # (B,3,H,W) float, ImageNet-normalised
-    size,            # (h,w) at which the network looks
-    flip=False,      # mirrored, left to right
-    crop=None, stride=None, # windows as in `infer.sliding_logits`; None = the whole view
-)->Tensor: # (B,C,H,W) probabilities, not mirrored
+    net: nn.Module,  # returns `SegOutput`; in evaluation mode
+    img: Tensor,  # (B,3,H,W) float, ImageNet-normalised
+    size,  # (h,w) at which the network looks
+    flip=False,  # mirrored, left to right
+    crop=None,
+    stride=None,  # windows as in `infer.sliding_logits`; None = the whole view
+) -> Tensor:  # (B,C,H,W) probabilities, not mirrored
     "What the network says about the image at one size"
     x = upsample(img, size)
-    if flip: x = x.flip(-1)
+    if flip:
+        x = x.flip(-1)
     logits = whole_logits(net, x) if crop is None else sliding_logits(net, x, crop, stride)
     prob = upsample(logits, img.shape[-2:]).softmax(1)
     return prob.flip(-1) if flip else prob
 
 # %% ../../nbs/inference/02_tta.ipynb #bf6d76b3
-TTA_SCALES = (.5,.75,1.,1.25,1.5,1.75)   # of DAFormer's `--aug-test`
+TTA_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of DAFormer's `--aug-test`
+
 
 def tta(
-    net:nn.Module,   # returns `SegOutput`; leaves in the mode it came in
-    img:Tensor,      # (B,3,H,W) float, ImageNet-normalised
-    ratios=TTA_SCALES,   # of the views' sizes
-    flip=True,       # each view mirrored as well
-    crop=None, stride=None, # windows as in `infer.sliding_logits`; None = whole views
-    size=None,       # (H,W) of ratio 1, or a function from the image's (H,W) to it; None = the image's
-)->Tensor: # (B,C,H,W) probabilities
+    net: nn.Module,  # returns `SegOutput`; leaves in the mode it came in
+    img: Tensor,  # (B,3,H,W) float, ImageNet-normalised
+    ratios=TTA_SCALES,  # of the views' sizes
+    flip=True,  # each view mirrored as well
+    crop=None,
+    stride=None,  # windows as in `infer.sliding_logits`; None = whole views
+    size=None,  # (H,W) of ratio 1, or a function from the image's (H,W) to it; None = the image's
+) -> Tensor:  # (B,C,H,W) probabilities
     "Test-time augmentation: the mean of the probabilities over all views"
     hw = tuple(img.shape[-2:])
-    views = [(scaled_size(size(hw) if callable(size) else size or hw, r),f) for r in ratios for f in ((False,True) if flip else (False,))]
-    if not views: raise ValueError('ratios is empty: give at least one, such as (1.,)')
-    total = 0.
+    views = [
+        (scaled_size(size(hw) if callable(size) else size or hw, r), f)
+        for r in ratios
+        for f in ((False, True) if flip else (False,))
+    ]
+    if not views:
+        raise ValueError('ratios is empty: give at least one, such as (1.,)')
+    total = 0.0
     with eval_mode(net):
-        for hw,f in views: total += predict_view(net, img, hw, f, crop, stride)
+        for hw, f in views:
+            total += predict_view(net, img, hw, f, crop, stride)
     return total.div_(len(views))
 
 # %% ../../nbs/inference/02_tta.ipynb #e8f054a4
 def predict_probabilities(
-    net:nn.Module,   # returns `SegOutput`; leaves in the mode it came in
-    img:Tensor,      # (B,3,H,W) float, ImageNet-normalised
-    size=None,       # (H,W) of the answer; None = the image's
-    mode='whole',    # or 'slide', or a function (net, images) -> probabilities (B,C,H,W)
-    crop=None, stride=None, # for 'slide', as in `infer.sliding_logits`
-)->Tensor: # (B,C,H,W) probabilities
+    net: nn.Module,  # returns `SegOutput`; leaves in the mode it came in
+    img: Tensor,  # (B,3,H,W) float, ImageNet-normalised
+    size=None,  # (H,W) of the answer; None = the image's
+    mode='whole',  # or 'slide', or a function (net, images) -> probabilities (B,C,H,W)
+    crop=None,
+    stride=None,  # for 'slide', as in `infer.sliding_logits`
+) -> Tensor:  # (B,C,H,W) probabilities
     "Class probabilities, whichever way the network is asked"
     size = tuple(size or img.shape[-2:])
     with eval_mode(net):
         if callable(mode):
-            if (crop,stride)!=(None,None): raise ValueError(f'mode {mode} is a function and cuts its own windows: give crop and stride to it')
+            if (crop, stride) != (None, None):
+                raise ValueError(
+                    f'mode {mode} is a function and cuts its own windows: give crop and stride to it'
+                )
             p = upsample(mode(net, img), size)
-            odd = p.isfinite().all() and (p.min()<-1e-4 or (p.sum(1)-1).abs().max()>1e-3)
-            if odd: raise ValueError(f'mode {mode} returned {p.min():.3g} to {p.max():.3g}, which are no probabilities; let it return a softmax over classes')
+            odd = p.isfinite().all() and (p.min() < -1e-4 or (p.sum(1) - 1).abs().max() > 1e-3)
+            if odd:
+                raise ValueError(
+                    f'mode {mode} returned {p.min():.3g} to {p.max():.3g}, which are no probabilities; let it return a softmax over classes'
+                )
             return p
-        if lookup(mode, ('whole','slide'), 'mode')=='slide' and crop is None: raise ValueError("mode='slide' needs crop, the side of the window in pixels")
-        return upsample(whole_logits(net, img) if mode=='whole' else sliding_logits(net, img, crop, stride), size).softmax(1)
+        if lookup(mode, ('whole', 'slide'), 'mode') == 'slide' and crop is None:
+            raise ValueError("mode='slide' needs crop, the side of the window in pixels")
+        return upsample(
+            whole_logits(net, img) if mode == 'whole' else sliding_logits(net, img, crop, stride),
+            size,
+        ).softmax(1)

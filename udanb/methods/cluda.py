@@ -10,8 +10,9 @@ __all__ = ['grid_size', 'sample_map', 'sample_labels', 'sample_detail', 'log_rat
 # %% ../../nbs/methods/04_cluda.ipynb #bff4a49b
 import torch
 from fastcore.basics import patch
-from torch import nn, Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
 from ..core.types import IGNORE, Sample, SegOutput
 from ..core.utils import upsample
 from ..inference.predict import sliding_windows
@@ -19,94 +20,110 @@ from ..training.trainer import Method
 
 # %% ../../nbs/methods/04_cluda.ipynb #6fac236f
 def grid_size(
-    size:tuple,  # (H,W) of the image
-    stride=16,   # pixels per cell
-)->tuple: # (g_h,g_w)
+    size: tuple,  # (H,W) of the image
+    stride=16,  # pixels per cell
+) -> tuple:  # (g_h,g_w)
     "How many points, both corners included"
-    return tuple(n//stride+1 for n in size)
+    return tuple(n // stride + 1 for n in size)
+
 
 def sample_map(
-    x:Tensor,    # (B,C,h,w), a map over the whole image
-    grid:tuple,  # (g_h,g_w)
-)->Tensor: # (B,C,g_h,g_w) float32
+    x: Tensor,  # (B,C,h,w), a map over the whole image
+    grid: tuple,  # (g_h,g_w)
+) -> Tensor:  # (B,C,g_h,g_w) float32
     "A map, read at the points"
     return F.interpolate(x.float(), grid, mode='bilinear', align_corners=True)
 
+
 def sample_labels(
-    lbl:Tensor,   # (B,H,W) int64
-    grid:tuple,   # (g_h,g_w)
-    parity=False, # `nearest`, which drifts from the points towards the far edge
-)->Tensor: # (B,g_h,g_w)
+    lbl: Tensor,  # (B,H,W) int64
+    grid: tuple,  # (g_h,g_w)
+    parity=False,  # `nearest`, which drifts from the points towards the far edge
+) -> Tensor:  # (B,g_h,g_w)
     "Labels, read at the points"
-    if parity: return F.interpolate(lbl[:,None].double(), grid, mode='nearest')[:,0].long()
-    y,x = (torch.linspace(0, n-1, g, device=lbl.device).round().long() for n,g in zip(lbl.shape[-2:], grid))
-    return lbl[:,y[:,None],x]
+    if parity:
+        return F.interpolate(lbl[:, None].double(), grid, mode='nearest')[:, 0].long()
+    y, x = (
+        torch.linspace(0, n - 1, g, device=lbl.device).round().long()
+        for n, g in zip(lbl.shape[-2:], grid)
+    )
+    return lbl[:, y[:, None], x]
 
 # %% ../../nbs/methods/04_cluda.ipynb #fd4381bd
 def sample_detail(
-    x:Tensor,    # (B,C,h,w), a map over the detail only
-    box:Tensor,  # (B,4) its place in the image: top, bottom, left, right
-    size:tuple,  # (H,W) of the image
-    grid:tuple,  # (g_h,g_w)
-)->tuple: # (B,C,g_h,g_w) float32, zeros outside; inside (B,g_h,g_w) bool
+    x: Tensor,  # (B,C,h,w), a map over the detail only
+    box: Tensor,  # (B,4) its place in the image: top, bottom, left, right
+    size: tuple,  # (H,W) of the image
+    grid: tuple,  # (g_h,g_w)
+) -> tuple:  # (B,C,g_h,g_w) float32, zeros outside; inside (B,g_h,g_w) bool
     "A detail's map, read at the points of the whole image"
-    c,box = (box[0,1]-box[0,0]).item()//x.shape[-2],box.to(x.device)
+    c, box = (box[0, 1] - box[0, 0]).item() // x.shape[-2], box.to(x.device)
     at = []
-    for n,k,start,end in zip(size, grid, (box[:,0],box[:,2]), (box[:,1],box[:,3])):
-        u = torch.linspace(0, n//c-1, k, device=x.device)-start[:,None]/c     # in the detail's cells
-        at.append(2*u/((end-start)[:,None]/c-1)-1)                            # -1 and 1: its first and last cell
-    where = torch.stack([at[1][:,None].expand(-1, *grid), at[0][:,:,None].expand(-1, *grid)], -1)
-    return F.grid_sample(x.float(), where, align_corners=True), (where.abs()<=1).all(-1)
+    for n, k, start, end in zip(size, grid, (box[:, 0], box[:, 2]), (box[:, 1], box[:, 3])):
+        u = (
+            torch.linspace(0, n // c - 1, k, device=x.device) - start[:, None] / c
+        )  # in the detail's cells
+        at.append(2 * u / ((end - start)[:, None] / c - 1) - 1)  # -1 and 1: its first and last cell
+    where = torch.stack([at[1][:, None].expand(-1, *grid), at[0][:, :, None].expand(-1, *grid)], -1)
+    return F.grid_sample(x.float(), where, align_corners=True), (where.abs() <= 1).all(-1)
 
 # %% ../../nbs/methods/04_cluda.ipynb #dd490d42
 def log_ratio(
-    s:Tensor,    # (r,N) similarities
-    neg:Tensor,  # (r,N) weights of the negatives, 0 = none
-)->Tensor: # (r,N)
+    s: Tensor,  # (r,N) similarities
+    neg: Tensor,  # (r,N) weights of the negatives, 0 = none
+) -> Tensor:  # (r,N)
     "ℓ: how much of the mass of itself and the negatives each cell has"
     e = s.exp()
-    return s-torch.log(e+(e*neg).sum(1, keepdim=True))
+    return s - torch.log(e + (e * neg).sum(1, keepdim=True))
 
 # %% ../../nbs/methods/04_cluda.ipynb #f40fd50b
 def contrast_loss_rows(
-    rows:slice,         # the anchors
-    low:Tensor,         # (N,D) context embeddings, of length 1
-    high:Tensor|None,   # (N,D) the detail's, 0 where there is none
-    w:Tensor|None,      # (N,) learned weights
-    lbl:Tensor,         # (N,) int64
-    trust:Tensor,       # (N,)
-    inside:Tensor|None, # (N,) bool, where a detail is
-    parity=False,       # published: see above
-)->Tensor: # scalar
+    rows: slice,  # the anchors
+    low: Tensor,  # (N,D) context embeddings, of length 1
+    high: Tensor | None,  # (N,D) the detail's, 0 where there is none
+    w: Tensor | None,  # (N,) learned weights
+    lbl: Tensor,  # (N,) int64
+    trust: Tensor,  # (N,)
+    inside: Tensor | None,  # (N,) bool, where a detail is
+    parity=False,  # published: see above
+) -> Tensor:  # scalar
     "Sum over these anchors of their mean loss over positives"
-    ok = torch.ones_like(lbl, dtype=torch.bool) if parity else lbl!=IGNORE
-    same = lbl[rows,None]==lbl
-    other,pos = (~same & ok)*(1. if parity else trust),same & ok[rows,None] & ok
-    pos[:,rows].fill_diagonal_(False)
-    ell = log_ratio(low[rows]@low.T, other)
+    ok = torch.ones_like(lbl, dtype=torch.bool) if parity else lbl != IGNORE
+    same = lbl[rows, None] == lbl
+    other, pos = (~same & ok) * (1.0 if parity else trust), same & ok[rows, None] & ok
+    pos[:, rows].fill_diagonal_(False)
+    ell = log_ratio(low[rows] @ low.T, other)
     if high is not None:
-        W = w[rows,None]*w
-        W = W*(inside & (lbl!=0))[rows,None] if parity else torch.where(inside[rows,None] & inside, W, 1.)
-        ell = W*ell+(1-W)*log_ratio(low[rows]@high.T, other if parity else other*inside)
-    return -((ell*pos*trust).sum(1)*trust[rows]/pos.sum(1).clamp(min=1)).sum()
+        W = w[rows, None] * w
+        W = (
+            W * (inside & (lbl != 0))[rows, None]
+            if parity
+            else torch.where(inside[rows, None] & inside, W, 1.0)
+        )
+        ell = W * ell + (1 - W) * log_ratio(low[rows] @ high.T, other if parity else other * inside)
+    return -((ell * pos * trust).sum(1) * trust[rows] / pos.sum(1).clamp(min=1)).sum()
 
 # %% ../../nbs/methods/04_cluda.ipynb #b92534ad
 class ChunkedSum(torch.autograd.Function):
     "Sum over chunks of rows, whose gradients are taken at once"
+
     @staticmethod
-    def forward(ctx,
-        f,         # (slice, *tensors) -> scalar
-        n:int,     # rows
-        chunk:int, # rows at a time
-        *xs,       # tensors; gradients flow to those that require them
-    )->Tensor: # scalar
+    def forward(
+        ctx,
+        f,  # (slice, *tensors) -> scalar
+        n: int,  # rows
+        chunk: int,  # rows at a time
+        *xs,  # tensors; gradients flow to those that require them
+    ) -> Tensor:  # scalar
         need = [x is not None and x.requires_grad for x in xs]
-        xs = [x.detach().requires_grad_() if k else x for x,k in zip(xs, need)]
-        leaves,total = [x for x,k in zip(xs, need) if k],0.
+        xs = [x.detach().requires_grad_() if k else x for x, k in zip(xs, need)]
+        leaves, total = [x for x, k in zip(xs, need) if k], 0.0
         for i in range(0, n, chunk):
-            with torch.set_grad_enabled(any(need)): part = f(slice(i, min(i+chunk, n)), *xs)
-            if leaves: part.backward()
-            total = total+part.detach()
+            with torch.set_grad_enabled(any(need)):
+                part = f(slice(i, min(i + chunk, n)), *xs)
+            if leaves:
+                part.backward()
+            total = total + part.detach()
         ctx.need = need
         ctx.save_for_backward(*(x.grad for x in leaves))
         return total
@@ -115,128 +132,183 @@ class ChunkedSum(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         grads = iter(ctx.saved_tensors)
-        return None,None,None,*(g*next(grads) if k else None for k in ctx.need)
+        return None, None, None, *(g * next(grads) if k else None for k in ctx.need)
 
 # %% ../../nbs/methods/04_cluda.ipynb #3af14068
 def chunked_contrast(
-    *cells,       # as for `contrast_loss_rows`, after `rows`
-    chunk=128,    # rows at a time; None = all, by plain autograd
+    *cells,  # as for `contrast_loss_rows`, after `rows`
+    chunk=128,  # rows at a time; None = all, by plain autograd
     parity=False,
-)->Tensor: # scalar
+) -> Tensor:  # scalar
     "`contrast_loss_rows` of all rows without ever holding all rows"
-    f,n = lambda rows, *xs: contrast_loss_rows(rows, *xs, parity),len(cells[0])
+    f, n = lambda rows, *xs: contrast_loss_rows(rows, *xs, parity), len(cells[0])
     return f(slice(0, n), *cells) if chunk is None else ChunkedSum.apply(f, n, chunk, *cells)
 
 # %% ../../nbs/methods/04_cluda.ipynb #f3015a87
 class ScaleWeightHead(nn.Module):
     "How far to compare within the context, per cell"
-    def __init__(self,
-        channels,    # of the four maps
-        dim=256,     # embedding
-        dropout=.1,  # of whole channels
+
+    def __init__(
+        self,
+        channels,  # of the four maps
+        dim=256,  # embedding
+        dropout=0.1,  # of whole channels
     ):
         super().__init__()
         self.embed = nn.ModuleList(nn.Conv2d(c, dim, 1, bias=False) for c in channels)
-        self.top = nn.Sequential(nn.BatchNorm2d(dim), nn.ReLU(), nn.Dropout2d(dropout), nn.Conv2d(dim, 1, 1))
+        self.top = nn.Sequential(
+            nn.BatchNorm2d(dim), nn.ReLU(), nn.Dropout2d(dropout), nn.Conv2d(dim, 1, 1)
+        )
 
-    def forward(self,
+    def forward(
+        self,
         feats,  # maps (B,channels[i],h_i,w_i), finest first
-    )->Tensor: # (B,1,h_0,w_0) in (0,1)
-        return self.top(sum(upsample(e(f), feats[0].shape[-2:]) for e,f in zip(self.embed, feats))).sigmoid()
+    ) -> Tensor:  # (B,1,h_0,w_0) in (0,1)
+        return self.top(
+            sum(upsample(e(f), feats[0].shape[-2:]) for e, f in zip(self.embed, feats))
+        ).sigmoid()
 
 # %% ../../nbs/methods/04_cluda.ipynb #352605fc
 class PixelContrastLoss(nn.Module):
     "Pixel contrast within the context and, on an HRDA, between context and detail (CLUDA)"
-    def __init__(self,
-        weigher=None,   # a `ScaleWeightHead`, for an HRDA
-        w:float=1.,     # weight of this criterion
-        stride=16,      # pixels per cell
-        chunk=128,      # rows of the matrices at a time; None = all
-        parity=False,   # void is a class, road has no detail, no context–context outside the detail, drifting labels
-        name='contrast',# in the log
+
+    def __init__(
+        self,
+        weigher=None,  # a `ScaleWeightHead`, for an HRDA
+        w: float = 1.0,  # weight of this criterion
+        stride=16,  # pixels per cell
+        chunk=128,  # rows of the matrices at a time; None = all
+        parity=False,  # void is a class, road has no detail, no context–context outside the detail, drifting labels
+        name='contrast',  # in the log
     ):
         super().__init__()
-        self.weigher,self.w,self.stride,self.chunk,self.parity,self.name = weigher,w,stride,chunk,parity,name
+        self.weigher = weigher
+        self.w = w
+        self.stride = stride
+        self.chunk = chunk
+        self.parity = parity
+        self.name = name
 
-    def forward(self,
-        out:SegOutput,    # fused (B,D,h,w); aux of an HRDA
-        x:Sample,   # img, lbl, wgt or None
+    def forward(
+        self,
+        out: SegOutput,  # fused (B,D,h,w); aux of an HRDA
+        x: Sample,  # img, lbl, wgt or None
         step=None,  # not used
-    )->Tensor: # scalar
+    ) -> Tensor:  # scalar
         weights = self.weigher and self.weigher(out.feats)
         with torch.autocast(out.fused.device.type, enabled=False):
             cells = self.cells(out, x, weights)
-            n = len(cells[3]) if self.parity else (cells[3]!=IGNORE).sum().clamp(min=1)
-            return .5*chunked_contrast(*cells, chunk=self.chunk, parity=self.parity)/n
+            n = len(cells[3]) if self.parity else (cells[3] != IGNORE).sum().clamp(min=1)
+            return 0.5 * chunked_contrast(*cells, chunk=self.chunk, parity=self.parity) / n
 
 # %% ../../nbs/methods/04_cluda.ipynb #5f180e5f
 @patch
-def cells(self:PixelContrastLoss, out, x,
-    weights, # (B,1,h,w) of the weighting head, or None
-)->tuple: # as for `contrast_loss_rows`
+def cells(
+    self: PixelContrastLoss,
+    out,
+    x,
+    weights,  # (B,1,h,w) of the weighting head, or None
+) -> tuple:  # as for `contrast_loss_rows`
     "All that is known at the points"
-    size = x.lbl.shape[-2:]; g = grid_size(size, self.stride)
-    flat = lambda m: m.movedim(1, -1).flatten(0, 2)
+    size = x.lbl.shape[-2:]
+    g = grid_size(size, self.stride)
+
+    def flat(m):
+        return m.movedim(1, -1).flatten(0, 2)
+
     trust = x.lbl.new_ones(x.lbl.shape).float() if x.wgt is None else x.wgt
-    known = sample_labels(x.lbl, g, self.parity).flatten(),flat(sample_map(trust[:,None], g))[:,0]
-    low,high,inside = F.normalize(flat(sample_map(out.fused, g)), dim=1, eps=1e-4),None,None
-    if weights is None: return low,None,None,*known,None
-    if 'detail_fused' not in out.aux: raise ValueError(f"criterion '{self.name}': there is no detail in this output; is the network an HRDA in training mode?")
-    high,inside = sample_detail(out.aux['detail_fused'], out.aux['box'], size, g)
-    return low,F.normalize(flat(high), dim=1, eps=1e-4),flat(sample_map(weights, g))[:,0],*known,inside.flatten()
+    known = (
+        sample_labels(x.lbl, g, self.parity).flatten(),
+        flat(sample_map(trust[:, None], g))[:, 0],
+    )
+    low = F.normalize(flat(sample_map(out.fused, g)), dim=1, eps=1e-4)
+    high = None
+    inside = None
+    if weights is None:
+        return low, None, None, *known, None
+    if 'detail_fused' not in out.aux:
+        raise ValueError(
+            f"criterion '{self.name}': there is no detail in this output; is the network an HRDA in training mode?"
+        )
+    high, inside = sample_detail(out.aux['detail_fused'], out.aux['box'], size, g)
+    return (
+        low,
+        F.normalize(flat(high), dim=1, eps=1e-4),
+        flat(sample_map(weights, g))[:, 0],
+        *known,
+        inside.flatten(),
+    )
 
 # %% ../../nbs/methods/04_cluda.ipynb #8f63b8d3
 @torch.no_grad()
 def max_entropy_boxes(
-    logits:Tensor, # (B,C,h,w) of the context
-    size:tuple,    # (H,W) of the image
-    box:Tensor,    # (B,4), of the detail's size: top, bottom, left, right
-)->Tensor: # (B,4) int64 on the CPU
+    logits: Tensor,  # (B,C,h,w) of the context
+    size: tuple,  # (H,W) of the image
+    box: Tensor,  # (B,4), of the detail's size: top, bottom, left, right
+) -> Tensor:  # (B,4) int64 on the CPU
     "The window of largest mean entropy in each image"
     logp = logits.float().log_softmax(1)
-    ent,c = -(logp.exp()*logp).sum(1),size[0]//logits.shape[-2]
-    t,b,l,r = box[0].tolist(); h,w = b-t,r-l
-    corners = sliding_windows(size, (h,w), tuple(max(n//2//c, 1)*c for n in (h,w)))
-    means = torch.stack([ent[:,y//c:(y+h)//c,x//c:(x+w)//c].mean((1,2)) for y,x in corners], 1)
-    return torch.tensor([[y,y+h,x,x+w] for y,x in corners])[means.argmax(1).cpu()]
+    ent, c = -(logp.exp() * logp).sum(1), size[0] // logits.shape[-2]
+    t, b, l, r = box[0].tolist()
+    h, w = b - t, r - l
+    corners = sliding_windows(size, (h, w), tuple(max(n // 2 // c, 1) * c for n in (h, w)))
+    means = torch.stack(
+        [ent[:, y // c : (y + h) // c, x // c : (x + w) // c].mean((1, 2)) for y, x in corners], 1
+    )
+    return torch.tensor([[y, y + h, x, x + w] for y, x in corners])[means.argmax(1).cpu()]
 
 # %% ../../nbs/methods/04_cluda.ipynb #0932aa0e
 class UncertainDetailView(nn.Module):
     "A view whose student cuts its detail where it is uncertain"
-    def __init__(self,
-        view,      # `Step` -> `Sample`
-        net,       # the HRDA that is trained
-        after:int, # steps with random details
+
+    def __init__(
+        self,
+        view,  # `Step` -> `Sample`
+        net,  # the HRDA that is trained
+        after: int,  # steps with random details
     ):
         super().__init__()
-        self.view,self.net,self.after = view,[net],after      # in a list: not a submodule
+        self.view = view
+        self.net = [net]
+        self.after = after  # in a list: not a submodule
 
     def once(self, logits, size, box):
         self.net[0].box_selector = None
         return max_entropy_boxes(logits, size, box)
 
-    def forward(self, step)->Sample:
+    def forward(self, step) -> Sample:
         x = self.view(step)
-        if step.it>self.after: self.net[0].box_selector = self.once
+        if step.it > self.after:
+            self.net[0].box_selector = self.once
         return x
 
 # %% ../../nbs/methods/04_cluda.ipynb #0fd8117e
 def cluda(
-    method:Method,   # with passes named 'source' and 'mixed', such as `daformer(net, …)`
-    net,             # the student, plain or an HRDA
-    w:float=None,    # weight of the contrast; None = 1 on an HRDA, as published, and .1 on a plain network
-    stride=16,       # pixels per cell
-    chunk=128,       # rows of the similarity matrices at a time
-    dim=256,         # embedding of the weighting head
-    after=12_000,    # steps with random details in the mixed pass (of 40,000); None = always random
-    parity=False,    # see `PixelContrastLoss`
-)->Method: # the same, extended
+    method: Method,  # with passes named 'source' and 'mixed', such as `daformer(net, …)`
+    net,  # the student, plain or an HRDA
+    w: float = None,  # weight of the contrast; None = 1 on an HRDA, as published, and .1 on a plain network
+    stride=16,  # pixels per cell
+    chunk=128,  # rows of the similarity matrices at a time
+    dim=256,  # embedding of the weighting head
+    after=12_000,  # steps with random details in the mixed pass (of 40,000); None = always random
+    parity=False,  # see `PixelContrastLoss`
+) -> Method:  # the same, extended
     "Pixel contrast on source and mixed images, and details where the student is uncertain (CLUDA)"
     passes = {p.name: p for p in method.passes}
-    if not {'source','mixed'}<=set(passes):
-        raise ValueError(f"cluda adds to passes 'source' and 'mixed', but this method has {', '.join(passes)}; start from daformer or dacs")
-    two = hasattr(net, 'scale_attention')                     # an HRDA
-    crit = PixelContrastLoss(ScaleWeightHead(net.backbone.channels, dim) if two else None, (1. if two else .1) if w is None else w, stride, chunk, parity)
-    for k in ('source','mixed'): passes[k].crits.append(crit)
-    if two and after is not None: passes['mixed'].view = UncertainDetailView(passes['mixed'].view, net, after)
+    if not {'source', 'mixed'} <= set(passes):
+        raise ValueError(
+            f"cluda adds to passes 'source' and 'mixed', but this method has {', '.join(passes)}; start from daformer or dacs"
+        )
+    two = hasattr(net, 'scale_attention')  # an HRDA
+    crit = PixelContrastLoss(
+        ScaleWeightHead(net.backbone.channels, dim) if two else None,
+        (1.0 if two else 0.1) if w is None else w,
+        stride,
+        chunk,
+        parity,
+    )
+    for k in ('source', 'mixed'):
+        passes[k].crits.append(crit)
+    if two and after is not None:
+        passes['mixed'].view = UncertainDetailView(passes['mixed'].view, net, after)
     return method

@@ -7,50 +7,75 @@ __all__ = ['source_only', 'self_training', 'dacs', 'daformer']
 
 # %% ../../nbs/methods/00_daformer.ipynb #4269f3e6
 from copy import deepcopy
+
 from ..training.losses import FeatureDistance, WeightedCrossEntropy
 from ..training.teacher import EMATeacher
 from ..training.trainer import Method, Pass
-from ..training.views import class_mask, MixedView, source_view
+from ..training.views import MixedView, class_mask, source_view
 
 # %% ../../nbs/methods/00_daformer.ipynb #a03c0863
 def source_only(
-    net,               # the student, img -> `SegOutput`
-    parity=False,      # cross-entropy over all pixels, as published
-)->Method:
+    net,  # the student, img -> `SegOutput`
+    parity=False,  # cross-entropy over all pixels, as published
+) -> Method:
     "Supervised training on the source (also the oracle, on the target)"
-    return Method(Pass('source', source_view, *net.wrap_logit_loss(WeightedCrossEntropy(parity=parity))))
+    return Method(
+        Pass('source', source_view, *net.wrap_logit_loss(WeightedCrossEntropy(parity=parity)))
+    )
 
 # %% ../../nbs/methods/00_daformer.ipynb #465b0e25
 def self_training(
     net,
-    *source_crits,     # criteria of the source pass
-    strong=None,       # augmentation of mixed images, a module
-    alpha=.999,        # decay of the teacher
-    tau=.968,          # confidence threshold
-    rows=(0,0),        # rows of the crop without trust (top, bottom)
-    bn='batch',        # the teacher's BatchNorm, see `EMATeacher`
+    *source_crits,  # criteria of the source pass
+    strong=None,  # augmentation of mixed images, a module
+    alpha=0.999,  # decay of the teacher
+    tau=0.968,  # confidence threshold
+    rows=(0, 0),  # rows of the crop without trust (top, bottom)
+    bn='batch',  # the teacher's BatchNorm, see `EMATeacher`
     parity=False,
-)->Method:
+) -> Method:
     "The two passes shared by DACS, DAFormer and their descendants"
     mask = (lambda lbl: class_mask(lbl, parity=True)) if parity else class_mask
-    return Method(Pass('source', source_view, *source_crits), Pass('mixed', MixedView(mask, strong), *net.wrap_logit_loss(WeightedCrossEntropy(parity=parity))),
-                  teacher=EMATeacher(net, alpha, tau, rows, bn))
+    return Method(
+        Pass('source', source_view, *source_crits),
+        Pass(
+            'mixed',
+            MixedView(mask, strong),
+            *net.wrap_logit_loss(WeightedCrossEntropy(parity=parity)),
+        ),
+        teacher=EMATeacher(net, alpha, tau, rows, bn),
+    )
+
 
 def dacs(
-    net,               # the student, img -> `SegOutput`
-    alpha=.99, parity=False, **kw, # see `self_training`
-)->Method:
+    net,  # the student, img -> `SegOutput`
+    alpha=0.99,
+    parity=False,
+    **kw,  # see `self_training`
+) -> Method:
     "Classmix self-training with a mean teacher (DACS alg. 1)"
-    return self_training(net, *net.wrap_logit_loss(WeightedCrossEntropy(parity=parity)), alpha=alpha, parity=parity, **kw)
+    return self_training(
+        net,
+        *net.wrap_logit_loss(WeightedCrossEntropy(parity=parity)),
+        alpha=alpha,
+        parity=parity,
+        **kw,
+    )
 
 # %% ../../nbs/methods/00_daformer.ipynb #44e8e2ed
 def daformer(
-    net,               # the student; its encoder still holds the ImageNet weights
-    things=(),         # class indices that count as things
-    fd=.005,           # λ of the feature distance; 0 = without
-    parity=False, **kw,# see `self_training`
-)->Method:
+    net,  # the student; its encoder still holds the ImageNet weights
+    things=(),  # class indices that count as things
+    fd=0.005,  # λ of the feature distance; 0 = without
+    parity=False,
+    **kw,  # see `self_training`
+) -> Method:
     "DACS with thing-class feature distance (DAFormer eq. 10); rare-class sampling belongs to the loader"
     crits = net.wrap_logit_loss(WeightedCrossEntropy(parity=parity))
-    if fd: crits.append(net.wrap_feature_loss(FeatureDistance(deepcopy(net.backbone), things, net.n_classes, fd)))
+    if fd:
+        crits.append(
+            net.wrap_feature_loss(
+                FeatureDistance(deepcopy(net.backbone), things, net.n_classes, fd)
+            )
+        )
     return self_training(net, *crits, parity=parity, **kw)

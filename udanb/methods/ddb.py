@@ -8,137 +8,221 @@ __all__ = ['cutmix_mask', 'bridge', 'SoftSample', 'EnsembleTargetView', 'Distill
 # %% ../../nbs/methods/03_ddb.ipynb #a1803593
 from copy import deepcopy
 from dataclasses import dataclass, replace
+
 import torch
 from fastcore.basics import patch
-from torch import nn, Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
 from ..checkpoints.weights import load_weights_into
 from ..core.state_dicts import weights_hash
 from ..core.types import IGNORE, Sample
 from ..core.utils import lookup, resolve, upsample
-from .prototypes import Ensemble, load_prototypes, prototype_weights, Prototypes, weighted_probs
+from udanb.methods.prototypes import (
+    Ensemble,
+    Prototypes,
+    load_prototypes,
+    prototype_weights,
+    weighted_probs,
+)
 from ..training.losses import WeightedCrossEntropy
 from ..training.teacher import EMATeacher
 from ..training.trainer import Method, Pass
-from ..training.views import class_mask, MixedView, source_view
+from ..training.views import MixedView, class_mask, source_view
 
 # %% ../../nbs/methods/03_ddb.ipynb #fc74816b
 def cutmix_mask(
-    lbl:Tensor, # (B,H,W) source labels; only their shape counts
-    area=.4,    # share of the image that is taken from the source, 0 … 1
-)->Tensor: # (B,H,W) bool: True = take from the source
+    lbl: Tensor,  # (B,H,W) source labels; only their shape counts
+    area=0.4,  # share of the image that is taken from the source, 0 … 1
+) -> Tensor:  # (B,H,W) bool: True = take from the source
     "One rectangle per image (DDB's coarse path)"
-    if not 0<area<=1: raise ValueError(f'area={area}: the share of the image that is pasted lies between 0 and 1')
-    (H,W),(u,y,x) = lbl.shape[1:],torch.rand(3, len(lbl), device='cpu')
-    h = (H*area**u).round().clamp(-(-area*H//1), H)
-    w = (area*H*W/h).round().clamp(1, W)
-    top,left = (y*(H-h+1)).floor(),(x*(W-w+1)).floor()
-    inside = lambda lo,n,size: (torch.arange(size)>=lo[:,None]) & (torch.arange(size)<(lo+n)[:,None])
-    rows,cols = inside(top, h, H).to(lbl.device),inside(left, w, W).to(lbl.device)
-    return rows[:,:,None] & cols[:,None]
+    if not 0 < area <= 1:
+        raise ValueError(f'area={area}: the share of the image that is pasted lies between 0 and 1')
+    (H, W), (u, y, x) = lbl.shape[1:], torch.rand(3, len(lbl), device='cpu')
+    h = (H * area**u).round().clamp(-(-area * H // 1), H)
+    w = (area * H * W / h).round().clamp(1, W)
+    top, left = (y * (H - h + 1)).floor(), (x * (W - w + 1)).floor()
+
+    def inside(lo, n, size):
+        return (torch.arange(size) >= lo[:, None]) & (torch.arange(size) < (lo + n)[:, None])
+
+    rows, cols = inside(top, h, H).to(lbl.device), inside(left, w, W).to(lbl.device)
+    return rows[:, :, None] & cols[:, None]
 
 # %% ../../nbs/methods/03_ddb.ipynb #d4869199
-def _with_void(lbl): return torch.cat([class_mask(l[None], parity=True) for l in lbl])
+def _with_void(lbl):
+    return torch.cat([class_mask(l[None], parity=True) for l in lbl])
+
 
 def bridge(
-    net,               # the student, img -> `SegOutput`
-    kind='cut',        # 'cut' or 'class'
-    alpha=.99, tau=.968, # decay of the teacher; confidence threshold
-    strong=None,       # augmentation of mixed images, a module
-    rows=(0,0),        # rows of the crop without trust (top, bottom)
-    bn='batch',        # the teacher's BatchNorm, see `EMATeacher`
-    area=.4,           # of the rectangle, see `cutmix_mask`
-    parity=False,      # void is drawn like a class, cross-entropy over all pixels
-)->Method:
+    net,  # the student, img -> `SegOutput`
+    kind='cut',  # 'cut' or 'class'
+    alpha=0.99,
+    tau=0.968,  # decay of the teacher; confidence threshold
+    strong=None,  # augmentation of mixed images, a module
+    rows=(0, 0),  # rows of the crop without trust (top, bottom)
+    bn='batch',  # the teacher's BatchNorm, see `EMATeacher`
+    area=0.4,  # of the rectangle, see `cutmix_mask`
+    parity=False,  # void is drawn like a class, cross-entropy over all pixels
+) -> Method:
     "One of DDB's two paths: classmix or cutmix self-training"
-    masks = {'cut': lambda lbl: cutmix_mask(lbl, area), 'class': _with_void if parity else class_mask}
-    ce = lambda: net.wrap_logit_loss(WeightedCrossEntropy(parity=parity))
-    return Method(Pass('source', source_view, *ce()), Pass('mixed', MixedView(lookup(kind, masks, 'bridge'), strong), *ce()),
-                  teacher=EMATeacher(net, alpha, tau, rows, bn))
+    masks = {
+        'cut': lambda lbl: cutmix_mask(lbl, area),
+        'class': _with_void if parity else class_mask,
+    }
+
+    def ce():
+        return net.wrap_logit_loss(WeightedCrossEntropy(parity=parity))
+
+    return Method(
+        Pass('source', source_view, *ce()),
+        Pass('mixed', MixedView(lookup(kind, masks, 'bridge'), strong), *ce()),
+        teacher=EMATeacher(net, alpha, tau, rows, bn),
+    )
 
 # %% ../../nbs/methods/03_ddb.ipynb #c1eb168c
 @dataclass
 class SoftSample(Sample):
     "A batch with class probabilities"
-    prob:Tensor|None = None   # (B,C,H,W)
-    def map(self, f): return replace(super().map(f), prob=f(self.prob))
+
+    prob: Tensor | None = None  # (B,C,H,W)
+
+    def map(self, f):
+        return replace(super().map(f), prob=f(self.prob))
+
 
 class EnsembleTargetView(nn.Module):
     "A view: the target, augmented, with the ensemble's labels of the plain image"
-    def __init__(self,
-        ensemble:Ensemble,
-        strong=None,      # augmentation, a module; None = none
-        soft=False, T=1., # probabilities as well; their temperature
+
+    def __init__(
+        self,
+        ensemble: Ensemble,
+        strong=None,  # augmentation, a module; None = none
+        soft=False,
+        T=1.0,  # probabilities as well; their temperature
     ):
         super().__init__()
-        self.ensemble,self.strong,self.soft,self.T = ensemble,strong or nn.Identity(),soft,T
+        self.ensemble = ensemble
+        self.strong = strong or nn.Identity()
+        self.soft = soft
+        self.T = T
 
     @torch.no_grad()
-    def forward(self, step)->Sample: # img (B,3,H,W), lbl (B,H,W), wgt; and prob (B,C,H,W) if soft
+    def forward(
+        self, step
+    ) -> Sample:  # img (B,3,H,W), lbl (B,H,W), wgt; and prob (B,C,H,W) if soft
         t = step.tgt
         g = self.ensemble.soft_targets(t.img, self.T) if self.soft else self.ensemble(t.img)
-        lbl = g.argmax(1) if t.wgt is None else g.argmax(1).masked_fill(t.wgt==0, IGNORE)
-        x = self.strong(t.img),lbl,t.wgt,t.name
+        lbl = g.argmax(1) if t.wgt is None else g.argmax(1).masked_fill(t.wgt == 0, IGNORE)
+        x = self.strong(t.img), lbl, t.wgt, t.name
         return SoftSample(*x, g) if self.soft else Sample(*x)
 
 # %% ../../nbs/methods/03_ddb.ipynb #5dcaeaf0
 @patch
 @torch.no_grad()
-def soft_targets(self:Ensemble,
-    img:Tensor, T=1., # (B,3,H,W); temperature
-)->Tensor: # (B,C,H,W), sums to 1
+def soft_targets(
+    self: Ensemble,
+    img: Tensor,
+    T=1.0,  # (B,3,H,W); temperature
+) -> Tensor:  # (B,C,H,W), sums to 1
     "The ensemble's probabilities"
-    size,pairs,n = img.shape[-2:],zip(self.frozen, self.means),len(self.frozen)
+    size = img.shape[-2:]
+    pairs = zip(self.frozen, self.means)
+    n = len(self.frozen)
     if not self.parity:
-        g = sum(weighted_probs(t(img), m, size, self.stride, T=T) for t,m in pairs).clamp(min=1e-30)
-        return g/g.sum(1, keepdim=True)
-    weigh = lambda o,m: upsample(o.logits, size)*(1. if m is None else prototype_weights(o.fused, m, size, parity=True))
-    return (sum(weigh(t(img), m) for t,m in pairs)/n/T).softmax(1)
+        g = sum(weighted_probs(t(img), m, size, self.stride, T=T) for t, m in pairs).clamp(
+            min=1e-30
+        )
+        return g / g.sum(1, keepdim=True)
+
+    def weigh(o, m):
+        return upsample(o.logits, size) * (
+            1.0 if m is None else prototype_weights(o.fused, m, size, parity=True)
+        )
+
+    return (sum(weigh(t(img), m) for t, m in pairs) / n / T).softmax(1)
+
 
 class DistillationLoss(nn.Module):
     "Learn the ensemble's labels, or its probabilities (DDB's cross-path knowledge distillation)"
+
     name = 'distill'
-    def __init__(self, soft=False, w=None, T=1., parity=False): # weight, None = 1 for labels, .1 for probabilities
+
+    def __init__(
+        self, soft=False, w=None, T=1.0, parity=False
+    ):  # weight, None = 1 for labels, .1 for probabilities
         super().__init__()
-        self.soft,self.w,self.T = soft,(.1 if soft else 1.) if w is None else w,T
+        self.soft = soft
+        self.w = (0.1 if soft else 1.0) if w is None else w
+        self.T = T
         self.ce = WeightedCrossEntropy(parity=parity)
 
-    def forward(self, out, x, step=None)->Tensor: # scalar
-        if not self.soft: return self.ce(out, x)
-        logp = (upsample(out.logits, x.lbl.shape[-2:])/self.T).log_softmax(1)
-        kl = self.T**2*F.kl_div(logp, x.prob, reduction='none').sum(1)*(known := x.lbl!=IGNORE)
-        if x.wgt is not None: kl = kl*x.wgt
-        return kl.mean() if self.ce.parity else kl.sum()/known.sum().clamp(min=1)
+    def forward(self, out, x, step=None) -> Tensor:  # scalar
+        if not self.soft:
+            return self.ce(out, x)
+        logp = (upsample(out.logits, x.lbl.shape[-2:]) / self.T).log_softmax(1)
+        kl = (
+            self.T**2 * F.kl_div(logp, x.prob, reduction='none').sum(1) * (known := x.lbl != IGNORE)
+        )
+        if x.wgt is not None:
+            kl = kl * x.wgt
+        return kl.mean() if self.ce.parity else kl.sum() / known.sum().clamp(min=1)
 
 # %% ../../nbs/methods/03_ddb.ipynb #673b9e8b
-def _filled(net, path): load_weights_into(net, resolve(path)); return net
+def _filled(net, path):
+    load_weights_into(net, resolve(path))
+    return net
+
 
 def _mean(net, t, p):
     "A (C,D) tensor that fits network and teacher"
-    if torch.is_tensor(p): q,name = Prototypes(*p.shape),'the prototypes'; q.mean = p
-    else: q,name = load_prototypes(p),resolve(p)
-    want = net.n_classes,getattr(net, 'net', net).head.ch
-    if tuple(q.mean.shape)!=want: raise ValueError(f'{name}: {tuple(q.mean.shape)}; this network has {want[0]} classes and an embedding of {want[1]}')
-    if not q.mean.isfinite().all() or not q.mean.any(): raise ValueError(f'{name}: all zero, or not finite; find them again with `find_prototypes`')
-    if q.network and q.network!=(h := weights_hash(t)): raise ValueError(f'{name}: made with network {q.network}, the teacher is {h}; in the same order?')
+    if torch.is_tensor(p):
+        q, name = Prototypes(*p.shape), 'the prototypes'
+        q.mean = p
+    else:
+        q, name = load_prototypes(p), resolve(p)
+    want = net.n_classes, getattr(net, 'net', net).head.ch
+    if tuple(q.mean.shape) != want:
+        raise ValueError(
+            f'{name}: {tuple(q.mean.shape)}; this network has {want[0]} classes and an embedding of {want[1]}'
+        )
+    if not q.mean.isfinite().all() or not q.mean.any():
+        raise ValueError(f'{name}: all zero, or not finite; find them again with `find_prototypes`')
+    if q.network and q.network != (h := weights_hash(t)):
+        raise ValueError(
+            f'{name}: made with network {q.network}, the teacher is {h}; in the same order?'
+        )
     return q.mean
 
 # %% ../../nbs/methods/03_ddb.ipynb #c72f6bb8
 def distill(
-    net,                 # the student, img -> `SegOutput`
-    teachers,            # two or more: networks, or weights files of networks like `net`
-    prototypes=None,     # (C,D) tensors or files, one for each teacher; None = a plain average
-    soft=False,          # probabilities instead of labels
-    strong=None,         # augmentation of the student's target images, a module
-    w=None, T=1.,        # weight on the target, None = 1, or .1 if soft; temperature of soft labels
-    stride=None,         # see `prototype_weights`
-    parity=False,        # distances at full size, cross-entropy over all pixels, the released soft labels
-)->Method:
+    net,  # the student, img -> `SegOutput`
+    teachers,  # two or more: networks, or weights files of networks like `net`
+    prototypes=None,  # (C,D) tensors or files, one for each teacher; None = a plain average
+    soft=False,  # probabilities instead of labels
+    strong=None,  # augmentation of the student's target images, a module
+    w=None,
+    T=1.0,  # weight on the target, None = 1, or .1 if soft; temperature of soft labels
+    stride=None,  # see `prototype_weights`
+    parity=False,  # distances at full size, cross-entropy over all pixels, the released soft labels
+) -> Method:
     "DDB's second step: one student of two frozen teachers"
-    n,k = (1 if isinstance(x, (str,nn.Module)) else len(x) for x in (teachers, teachers if prototypes is None else prototypes))
-    if n<2: raise ValueError('distill: a list of at least two teachers is needed, networks or weights files')
-    if k!=n: raise ValueError(f'distill: {k} prototypes for {n} teachers; give one for each, in the same order')
+    n, k = (
+        1 if isinstance(x, (str, nn.Module)) else len(x)
+        for x in (teachers, teachers if prototypes is None else prototypes)
+    )
+    if n < 2:
+        raise ValueError(
+            'distill: a list of at least two teachers is needed, networks or weights files'
+        )
+    if k != n:
+        raise ValueError(
+            f'distill: {k} prototypes for {n} teachers; give one for each, in the same order'
+        )
     nets = [t if isinstance(t, nn.Module) else _filled(deepcopy(net), t) for t in teachers]
-    means = None if prototypes is None else [_mean(net, t, p) for t,p in zip(nets, prototypes)]
+    means = None if prototypes is None else [_mean(net, t, p) for t, p in zip(nets, prototypes)]
     view = EnsembleTargetView(Ensemble(nets, means, stride, parity), strong, soft, T)
-    return Method(Pass('source', source_view, *net.wrap_logit_loss(WeightedCrossEntropy(parity=parity))), Pass('target', view, *net.wrap_logit_loss(DistillationLoss(soft, w, T, parity))))
+    return Method(
+        Pass('source', source_view, *net.wrap_logit_loss(WeightedCrossEntropy(parity=parity))),
+        Pass('target', view, *net.wrap_logit_loss(DistillationLoss(soft, w, T, parity))),
+    )

@@ -7,18 +7,20 @@ __all__ = ['BankUpdate', 'BankMetric', 'published_update', 'unpasted_mask', 'Ins
 
 # %% ../../nbs/methods/06_dida.ipynb #aba39041
 from dataclasses import replace
+
 import torch
 from fastcore.basics import patch
-from torch import nn, Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
 from ..core.types import IGNORE, Sample
 from ..core.utils import upsample
 from udanb.methods.instance_bank import (
+    InstanceBank,
     class_candidates,
     class_corrected_profile,
     class_means,
     grid_labels,
-    InstanceBank,
     load_bank,
     profile_stats,
     profile_to_class_probs,
@@ -29,137 +31,233 @@ from ..training.trainer import Method
 # %% ../../nbs/methods/06_dida.ipynb #abee5ff3
 class BankUpdate(nn.Module):
     "Source pass: put the student's embeddings into the bank; logs the own-class mass"
-    name,w = 'bank_mass',1.
-    def __init__(self, bank:InstanceBank,
-        every:int=1, edge=True,  # steps between updates; see `class_candidates`
-        tau=.1, parity=False,    # of the logged profiles; the published update
+
+    name, w = 'bank_mass', 1.0
+
+    def __init__(
+        self,
+        bank: InstanceBank,
+        every: int = 1,
+        edge=True,  # steps between updates; see `class_candidates`
+        tau=0.1,
+        parity=False,  # of the logged profiles; the published update
     ):
         super().__init__()
-        self.bank,self.every,self.edge,self.tau,self.parity = bank,every,edge and not parity,tau,parity
+        self.bank = bank
+        self.every = every
+        self.edge = edge and not parity
+        self.tau = tau
+        self.parity = parity
 
     @torch.no_grad()
-    def forward(self, out, x, step)->Tensor: # scalar without gradient
-        e,b,due = out.fused.float(),self.bank,step.it%self.every==0
+    def forward(self, out, x, step) -> Tensor:  # scalar without gradient
+        e = out.fused.float()
+        b = self.bank
+        due = step.it % self.every == 0
         if due or self.parity:
-            lbl,gen = grid_labels(x.lbl, e.shape[-2:]),torch.Generator().manual_seed((torch.initial_seed()+step.it)%2**63)
+            lbl, gen = (
+                grid_labels(x.lbl, e.shape[-2:]),
+                torch.Generator().manual_seed((torch.initial_seed() + step.it) % 2**63),
+            )
             b.record_stats(*(found := class_candidates(e, lbl, b.n, self.edge, gen)), self.tau)
-            if self.parity and due: published_update(b, e, lbl)
-            for c,h in zip(*found): b.update(c, h & ~b.valid.view(b.n, -1).all(1) if self.parity else h)
+            if self.parity and due:
+                published_update(b, e, lbl)
+            for c, h in zip(*found):
+                b.update(c, h & ~b.valid.view(b.n, -1).all(1) if self.parity else h)
         return b.seen[1].clone()
+
 
 class BankMetric(nn.Module):
     "Log one number of the bank"
-    w = 1.
-    def __init__(self, bank:InstanceBank, i:int, name:str): super().__init__(); self.bank,self.i,self.name = bank,i,name
-    def forward(self, out, x, step)->Tensor: return self.bank.seen[self.i].clone()
+
+    w = 1.0
+
+    def __init__(self, bank: InstanceBank, i: int, name: str):
+        super().__init__()
+        self.bank = bank
+        self.i = i
+        self.name = name
+
+    def forward(self, out, x, step) -> Tensor:
+        return self.bank.seen[self.i].clone()
 
 # %% ../../nbs/methods/06_dida.ipynb #245976f7
 @patch
-def record_stats(self:InstanceBank, cand, here, tau):
+def record_stats(self: InstanceBank, cand, here, tau):
     "Note how well the bank knows candidates that it has not met"
-    s = self.similarities(cand.transpose(1,2)[...,None], tau)[...,0].transpose(1,2).flatten(0,1)
-    q = s.softmax(1) if tau else s/s.sum(1, keepdim=True).clamp(min=1e-10)
-    cls,h = torch.arange(self.n, device=s.device).repeat(len(cand)),here.flatten().float()
-    new = (profile_stats(q, self.label, cls, self.valid.sum())*h[:,None]).sum(0)/h.sum().clamp(min=1)
+    s = (
+        self.similarities(cand.transpose(1, 2)[..., None], tau)[..., 0]
+        .transpose(1, 2)
+        .flatten(0, 1)
+    )
+    q = s.softmax(1) if tau else s / s.sum(1, keepdim=True).clamp(min=1e-10)
+    cls, h = torch.arange(self.n, device=s.device).repeat(len(cand)), here.flatten().float()
+    new = (profile_stats(q, self.label, cls, self.valid.sum()) * h[:, None]).sum(0) / h.sum().clamp(
+        min=1
+    )
     self.seen.copy_(torch.where(self.valid.any() & here.any(), new, self.seen))
 
-def published_update(bank:InstanceBank, e:Tensor, lbl:Tensor): # (B,D,h,w), (B,h,w)
+
+def published_update(bank: InstanceBank, e: Tensor, lbl: Tensor):  # (B,D,h,w), (B,h,w)
     "The published update of rows already written, with its zero vectors for absent classes"
-    mean,count,_ = class_means(e[:1].expand_as(e), lbl, bank.n)
-    mean = (mean*count[...,None]).sum(0)/count.sum(0).clamp(min=1)[:,None]
-    bank.feat.copy_(torch.where(bank.valid[:,None], torch.lerp(mean[bank.label], bank.feat, bank.m), bank.feat))
+    mean, count, _ = class_means(e[:1].expand_as(e), lbl, bank.n)
+    mean = (mean * count[..., None]).sum(0) / count.sum(0).clamp(min=1)[:, None]
+    bank.feat.copy_(
+        torch.where(bank.valid[:, None], torch.lerp(mean[bank.label], bank.feat, bank.m), bank.feat)
+    )
 
 # %% ../../nbs/methods/06_dida.ipynb #61d86661
 def unpasted_mask(
-    x:Sample, step, # a mixture; with `src` and `pseudo`
-)->Tensor: # (B,H,W) bool
+    x: Sample,
+    step,  # a mixture; with `src` and `pseudo`
+) -> Tensor:  # (B,H,W) bool
     "Labelled pixels that were not pasted"
-    return ((x.wgt<1) | (step.pseudo.wgt==1)&(x.lbl==step.pseudo.lbl)&(x.lbl!=step.src.lbl)) & (x.lbl!=IGNORE)
+    return (
+        (x.wgt < 1) | (step.pseudo.wgt == 1) & (x.lbl == step.pseudo.lbl) & (x.lbl != step.src.lbl)
+    ) & (x.lbl != IGNORE)
+
 
 class InstanceLoss(nn.Module):
     "Mixed pass: the student's profile should be the teacher's, corrected by its class probabilities"
+
     name = 'instance'
-    def __init__(self, bank:InstanceBank,
-        w=.2, tau=.1, parity=False, # λ; temperature of both profiles; the released arithmetic, see below
+
+    def __init__(
+        self,
+        bank: InstanceBank,
+        w=0.2,
+        tau=0.1,
+        parity=False,  # λ; temperature of both profiles; the released arithmetic, see below
     ):
         super().__init__()
-        self.bank,self.w,self.tau,self.parity = bank,w,tau,parity
+        self.bank = bank
+        self.w = w
+        self.tau = tau
+        self.parity = parity
 
-    def weights(self, x, step, logp): # both (B,h,w): trust of each cell's target pixels, its share of labelled pixels
-        own,size,known = unpasted_mask(x, step).float(),logp.shape[-2:],(logp.exp()*self.bank.seen_classes()[:,None,None]).sum(1)
-        return known*F.adaptive_avg_pool2d(own*x.wgt, size), F.adaptive_avg_pool2d((x.lbl!=IGNORE).float(), size)
+    def weights(
+        self, x, step, logp
+    ):  # both (B,h,w): trust of each cell's target pixels, its share of labelled pixels
+        own = unpasted_mask(x, step).float()
+        size = logp.shape[-2:]
+        known = (logp.exp() * self.bank.seen_classes()[:, None, None]).sum(1)
+        return known * F.adaptive_avg_pool2d(own * x.wgt, size), F.adaptive_avg_pool2d(
+            (x.lbl != IGNORE).float(), size
+        )
 
-    def forward(self, out, x, step)->Tensor: # scalar, 0 while the bank is empty
-        if self.parity: return self.published(out, step)
-        b,size = self.bank,out.fused.shape[-2:]
+    def forward(self, out, x, step) -> Tensor:  # scalar, 0 while the bank is empty
+        if self.parity:
+            return self.published(out, step)
+        b, size = self.bank, out.fused.shape[-2:]
         with torch.no_grad():
             logp = upsample(step.teacher_output.logits, size).log_softmax(1)
-            goal = class_corrected_profile(b.similarities(upsample(step.teacher_output.fused, size), self.tau), logp, b.label)
-            wgt,labelled = self.weights(x, step, logp)
-        loss = -(goal*b.similarities(out.fused, self.tau).log_softmax(1)).sum(1)
-        return b.occupancy()*(loss*wgt).sum()/labelled.sum().clamp(min=1)
+            goal = class_corrected_profile(
+                b.similarities(upsample(step.teacher_output.fused, size), self.tau), logp, b.label
+            )
+            wgt, labelled = self.weights(x, step, logp)
+        loss = -(goal * b.similarities(out.fused, self.tau).log_softmax(1)).sum(1)
+        return b.occupancy() * (loss * wgt).sum() / labelled.sum().clamp(min=1)
 
 # %% ../../nbs/methods/06_dida.ipynb #268b4fca
 @patch
-def published(self:InstanceLoss, out, step)->Tensor:
+def published(self: InstanceLoss, out, step) -> Tensor:
     "The loss of the released code"
-    b,size = self.bank,out.fused.shape[-2:]
+    b, size = self.bank, out.fused.shape[-2:]
     with torch.no_grad():
-        t = b.similarities(upsample(step.teacher_output.fused, size), None)*upsample(out.logits, size)[:,b.label]
+        t = (
+            b.similarities(upsample(step.teacher_output.fused, size), None)
+            * upsample(out.logits, size)[:, b.label]
+        )
         total = t.sum(1, keepdim=True)
-        t = t/torch.where(total<0, total.clamp(max=-1e-6), total.clamp(min=1e-6))
+        t = t / torch.where(total < 0, total.clamp(max=-1e-6), total.clamp(min=1e-6))
     s = b.similarities(out.fused, None)
-    s = s/s.sum(1, keepdim=True).clamp(min=1e-6)
-    return b.valid.any()*-(t*(s+1e-10).log()).sum(1).mean()
+    s = s / s.sum(1, keepdim=True).clamp(min=1e-6)
+    return b.valid.any() * -(t * (s + 1e-10).log()).sum(1).mean()
 
 # %% ../../nbs/methods/06_dida.ipynb #bc3e5568
 class BankCalibratedView(nn.Module):
     "A view whose pseudo-labels are blended with the bank's opinion"
-    def __init__(self, view, bank:InstanceBank,  # the view it stands in front of
-        alpha=.9, tau=.1, parity=False, # share of the teacher; temperature; p+(1-alpha)*a, and trust from that
+
+    def __init__(
+        self,
+        view,
+        bank: InstanceBank,  # the view it stands in front of
+        alpha=0.9,
+        tau=0.1,
+        parity=False,  # share of the teacher; temperature; p+(1-alpha)*a, and trust from that
     ):
         super().__init__()
-        self.view,self.bank,self.alpha,self.tau,self.parity = view,bank,alpha,tau,parity
+        self.view = view
+        self.bank = bank
+        self.alpha = alpha
+        self.tau = tau
+        self.parity = parity
 
     @torch.no_grad()
-    def forward(self, step)->Sample:
+    def forward(self, step) -> Sample:
         step.pseudo = self.label(step)
         return self.view(step)
 
-    def label(self, step)->Sample: # pseudo-labels and trust
-        b,t,tgt,o = self.bank,step.teacher,step.tgt,step.teacher_output
+    def label(self, step) -> Sample:  # pseudo-labels and trust
+        b = self.bank
+        t = step.teacher
+        tgt = step.tgt
+        o = step.teacher_output
         s = b.similarities(o.fused, self.tau)
-        q = s.softmax(1) if self.tau else s/s.sum(1, keepdim=True).clamp(min=1e-6)
-        size,beta = tgt.img.shape[-2:],(1-self.alpha)*b.occupancy()
-        p,a = upsample(o.logits, size).softmax(1),upsample(profile_to_class_probs(q, b.label, b.n), size)
-        if not self.parity: return replace(t.label(tgt, o), lbl=((1-beta)*p+beta*a).argmax(1))
-        lbl,share = hard_pseudo_labels(p+beta*a, t.tau)
-        return Sample(tgt.img, lbl, zero_margins(share*(torch.ones_like(p[:,0]) if tgt.wgt is None else tgt.wgt), *t.rows), tgt.name)
+        q = s.softmax(1) if self.tau else s / s.sum(1, keepdim=True).clamp(min=1e-6)
+        size, beta = tgt.img.shape[-2:], (1 - self.alpha) * b.occupancy()
+        p, a = (
+            upsample(o.logits, size).softmax(1),
+            upsample(profile_to_class_probs(q, b.label, b.n), size),
+        )
+        if not self.parity:
+            return replace(t.label(tgt, o), lbl=((1 - beta) * p + beta * a).argmax(1))
+        lbl, share = hard_pseudo_labels(p + beta * a, t.tau)
+        return Sample(
+            tgt.img,
+            lbl,
+            zero_margins(
+                share * (torch.ones_like(p[:, 0]) if tgt.wgt is None else tgt.wgt), *t.rows
+            ),
+            tgt.name,
+        )
 
 # %% ../../nbs/methods/06_dida.ipynb #4aec720a
 def dida(
-    method:Method,  # with passes 'source' and 'mixed': `dacs`, `daformer`
-    net, n_classes:int, # the student
-    ch=None,        # width of its `SegOutput.fused`; None = its head's `ch`
-    lam=None,       # weight of the instance loss; None = .2, published .5
-    rows=16,        # of the bank, per class
-    tau=.1,         # temperature
-    alpha=None,     # the classifier's share in the pseudo-labels; None = 0, on HRDA 1; published 1
-    every=None,     # steps between updates of the bank; None = 1, published 50
-    m=None,         # its momentum; None = 0 (replace), published .999
-    edge=True,      # candidates hold a boundary pixel
-    bank=None,      # folder of a bank to begin with, see `load_bank`
-    parity=False,   # the released arithmetic
-)->Method:
+    method: Method,  # with passes 'source' and 'mixed': `dacs`, `daformer`
+    net,
+    n_classes: int,  # the student
+    ch=None,  # width of its `SegOutput.fused`; None = its head's `ch`
+    lam=None,  # weight of the instance loss; None = .2, published .5
+    rows=16,  # of the bank, per class
+    tau=0.1,  # temperature
+    alpha=None,  # the classifier's share in the pseudo-labels; None = 0, on HRDA 1; published 1
+    every=None,  # steps between updates of the bank; None = 1, published 50
+    m=None,  # its momentum; None = 0 (replace), published .999
+    edge=True,  # candidates hold a boundary pixel
+    bank=None,  # folder of a bank to begin with, see `load_bank`
+    parity=False,  # the released arithmetic
+) -> Method:
     "Dual-level interaction on top of self-training"
     passes = {p.name: p for p in method.passes}
-    if alpha is not None and not 0<=alpha<=1: raise ValueError(f'dida: alpha={alpha} should be a share between 0 and 1')
-    if not {'source','mixed'}<=passes.keys(): raise ValueError(f"dida needs passes 'source' and 'mixed', not {', '.join(passes)}: add it to dacs or daformer")
-    usual = (50,.999,.5,1.) if parity else (1,0.,.2,1. if hasattr(net, 'net') else 0.)
-    every,m,lam,alpha = (u if v is None else v for u,v in zip(usual, (every,m,lam,alpha)))
-    b,tau = InstanceBank(n_classes, ch or getattr(net, 'net', net).head.ch, rows, m),None if parity else tau
-    if bank is not None: load_bank(b, bank)
-    passes['source'].crits.extend([BankUpdate(b, every, edge, tau, parity), BankMetric(b, 0, 'bank_entropy')])
+    if alpha is not None and not 0 <= alpha <= 1:
+        raise ValueError(f'dida: alpha={alpha} should be a share between 0 and 1')
+    if not {'source', 'mixed'} <= passes.keys():
+        raise ValueError(
+            f"dida needs passes 'source' and 'mixed', not {', '.join(passes)}: add it to dacs or daformer"
+        )
+    usual = (50, 0.999, 0.5, 1.0) if parity else (1, 0.0, 0.2, 1.0 if hasattr(net, 'net') else 0.0)
+    every, m, lam, alpha = (u if v is None else v for u, v in zip(usual, (every, m, lam, alpha)))
+    b, tau = (
+        InstanceBank(n_classes, ch or getattr(net, 'net', net).head.ch, rows, m),
+        None if parity else tau,
+    )
+    if bank is not None:
+        load_bank(b, bank)
+    passes['source'].crits.extend(
+        [BankUpdate(b, every, edge, tau, parity), BankMetric(b, 0, 'bank_entropy')]
+    )
     passes['mixed'].crits.append(InstanceLoss(b, lam, tau, parity))
-    if alpha<1: passes['mixed'].view = BankCalibratedView(passes['mixed'].view, b, alpha, tau, parity)
+    if alpha < 1:
+        passes['mixed'].view = BankCalibratedView(passes['mixed'].view, b, alpha, tau, parity)
     return method

@@ -9,127 +9,171 @@ __all__ = ['RARE_CLASSES', 'pass_of', 'target_pass', 'rare_classes', 'CropBank',
 # %% ../../nbs/methods/07_extras.ipynb #807df76b
 import torch
 from fastcore.basics import patch
-from torch import nn, Tensor
-from ..core.types import denormalize, normalize, Sample, SegOutput
+from torch import Tensor, nn
+
+from ..core.types import Sample, SegOutput, denormalize, normalize
 from ..training.losses import WeightedCrossEntropy
 from ..training.trainer import Method, Pass
 from ..training.views import target_view
 
 # %% ../../nbs/methods/07_extras.ipynb #00c1f0bb
 def pass_of(
-    method:Method,
-    name:str,      # 'source', 'mixed', …
-)->Pass:
+    method: Method,
+    name: str,  # 'source', 'mixed', …
+) -> Pass:
     "The pass of that name; `ValueError` if the method has none"
     for p in method.passes:
-        if p.name==name: return p
-    raise ValueError(f"this method has no pass '{name}' (it has {', '.join(p.name for p in method.passes)}); add to 'dacs', 'daformer' or one built on them")
+        if p.name == name:
+            return p
+    raise ValueError(
+        f"this method has no pass '{name}' (it has {', '.join(p.name for p in method.passes)}); add to 'dacs', 'daformer' or one built on them"
+    )
 
 # %% ../../nbs/methods/07_extras.ipynb #cbe6bc60
 def _core(crit):
     "The criterion inside wrappers like `AuxiliaryLoss` and `DetailLoss`"
     return _core(crit.crit) if hasattr(crit, 'crit') else crit
 
+
 def _scale(crits, k):
     "Multiply the weight of every cross-entropy by `k`"
     for c in crits:
-        if isinstance(_core(c), WeightedCrossEntropy): c.w *= k
+        if isinstance(_core(c), WeightedCrossEntropy):
+            c.w *= k
     return crits
 
+
 def target_pass(
-    method:Method,  # with a teacher and mixed images
-    net,            # the student
-    beta=.1,        # share of the target's loss; mixed images keep 1-beta
-    parity=False,   # cross-entropy over all pixels, as in the rest of the method
-)->Method:
+    method: Method,  # with a teacher and mixed images
+    net,  # the student
+    beta=0.1,  # share of the target's loss; mixed images keep 1-beta
+    parity=False,  # cross-entropy over all pixels, as in the rest of the method
+) -> Method:
     "Also learn the pseudo-labels on the plain target images"
-    _scale(pass_of(method, 'mixed').crits, 1-beta)
-    method.passes.append(Pass('target', target_view, *_scale(net.wrap_logit_loss(WeightedCrossEntropy(parity=parity)), beta)))
+    _scale(pass_of(method, 'mixed').crits, 1 - beta)
+    method.passes.append(
+        Pass(
+            'target',
+            target_view,
+            *_scale(net.wrap_logit_loss(WeightedCrossEntropy(parity=parity)), beta),
+        )
+    )
     return method
 
 # %% ../../nbs/methods/07_extras.ipynb #2107c1ef
-RARE_CLASSES = ('rider','bus','train','motorcycle','bicycle')   # the fork's list: Cityscapes' train ids 12, 15, 16, 17, 18
+RARE_CLASSES = (
+    'rider',
+    'bus',
+    'train',
+    'motorcycle',
+    'bicycle',
+)  # the fork's list: Cityscapes' train ids 12, 15, 16, 17, 18
+
 
 def rare_classes(
-    space,       # a `LabelSpace`
+    space,  # a `LabelSpace`
     names=RARE_CLASSES,
-)->tuple: # indices of those that the space has
+) -> tuple:  # indices of those that the space has
     "Which classes `paste` draws from"
-    found = tuple(i for i,c in enumerate(space.classes) if c in names)
-    if not found: raise ValueError(f"'{space.name}' has none of the classes {', '.join(names)}: say which of its classes are rare "
-                                   f"(args: paste: names), out of {', '.join(space.classes)}")
+    found = tuple(i for i, c in enumerate(space.classes) if c in names)
+    if not found:
+        raise ValueError(
+            f"'{space.name}' has none of the classes {', '.join(names)}: say which of its classes are rare "
+            f"(args: paste: names), out of {', '.join(space.classes)}"
+        )
     return found
 
 # %% ../../nbs/methods/07_extras.ipynb #3020cc19
 class CropBank(nn.Module):
     "The last source crops that showed each rare class"
-    def __init__(self,
-        classes,       # indices
-        size:tuple,    # (H,W) of the crops
-        slots:int=4,   # crops per class
-        least=.005,    # share of the crop that the class must fill
+
+    def __init__(
+        self,
+        classes,  # indices
+        size: tuple,  # (H,W) of the crops
+        slots: int = 4,  # crops per class
+        least=0.005,  # share of the crop that the class must fill
     ):
         super().__init__()
-        self.classes,self.least = tuple(classes),least*size[0]*size[1]
-        self.register_buffer('img', torch.zeros(len(self.classes), slots, 3, *size, dtype=torch.uint8))
+        self.classes, self.least = tuple(classes), least * size[0] * size[1]
+        self.register_buffer(
+            'img', torch.zeros(len(self.classes), slots, 3, *size, dtype=torch.uint8)
+        )
         self.register_buffer('mask', torch.zeros(len(self.classes), slots, *size, dtype=torch.bool))
-        self.register_buffer('seen', torch.zeros(len(self.classes), dtype=torch.long))   # crops that ever entered
+        self.register_buffer(
+            'seen', torch.zeros(len(self.classes), dtype=torch.long)
+        )  # crops that ever entered
 
     @torch.no_grad()
-    def put(self, x:Sample):
+    def put(self, x: Sample):
         "Take in what a batch shows of the rare classes; the oldest crop of a full class goes"
-        if x.img.shape[-2:]!=self.img.shape[-2:]: raise ValueError(f'crops of {tuple(x.img.shape[-2:])} do not fit a bank of {tuple(self.img.shape[-2:])}: '
-                                                                   f"give `paste` the recipe's crop as `size`")
-        for k,c in enumerate(self.classes):
-            m = x.lbl==c
-            for i in (m.sum((1,2))>=self.least).nonzero().flatten().tolist():
-                s = int(self.seen[k])%self.img.shape[1]
-                self.img[k,s] = (255*denormalize(x.img[i])).round().clamp(0,255).to(torch.uint8)
-                self.mask[k,s] = m[i]; self.seen[k] += 1
+        if x.img.shape[-2:] != self.img.shape[-2:]:
+            raise ValueError(
+                f'crops of {tuple(x.img.shape[-2:])} do not fit a bank of {tuple(self.img.shape[-2:])}: '
+                f"give `paste` the recipe's crop as `size`"
+            )
+        for k, c in enumerate(self.classes):
+            m = x.lbl == c
+            for i in (m.sum((1, 2)) >= self.least).nonzero().flatten().tolist():
+                s = int(self.seen[k]) % self.img.shape[1]
+                self.img[k, s] = (255 * denormalize(x.img[i])).round().clamp(0, 255).to(torch.uint8)
+                self.mask[k, s] = m[i]
+                self.seen[k] += 1
 
 # %% ../../nbs/methods/07_extras.ipynb #e1278733
 @patch
-def draw(self:CropBank,
-    n:int, # classes
-)->list: # of (class, image (3,H,W) normalised, mask (H,W)), fewer while the bank has not seen as many classes
+def draw(
+    self: CropBank,
+    n: int,  # classes
+) -> list:  # of (class, image (3,H,W) normalised, mask (H,W)), fewer while the bank has not seen as many classes
     "Crops of different classes"
     seen = self.seen.tolist()
-    have = [k for k,s in enumerate(seen) if s]
+    have = [k for k, s in enumerate(seen) if s]
     ks = [have[i] for i in torch.randperm(len(have))[:n].tolist()]
     at = [int(torch.randint(min(seen[k], self.img.shape[1]), ())) for k in ks]
-    return [(self.classes[k], normalize(self.img[k,s].float()/255), self.mask[k,s]) for k,s in zip(ks, at)]
+    return [
+        (self.classes[k], normalize(self.img[k, s].float() / 255), self.mask[k, s])
+        for k, s in zip(ks, at)
+    ]
 
 # %% ../../nbs/methods/07_extras.ipynb #1c593b90
 class RareClassPasteView(nn.Module):
     "A view: another view's mixed images, with rare classes pasted from other source crops"
-    def __init__(self,
-        view:nn.Module,  # like `MixedView`: `Step` -> `Sample`, with its augmentation in `strong`; or a wrapper of one, in its `view`
-        bank:CropBank,
-        n:int=2,         # classes pasted into each image
+
+    def __init__(
+        self,
+        view: nn.Module,  # like `MixedView`: `Step` -> `Sample`, with its augmentation in `strong`; or a wrapper of one, in its `view`
+        bank: CropBank,
+        n: int = 2,  # classes pasted into each image
     ):
         super().__init__()
-        self.view,self.bank,self.n = view,bank,n
-        while not hasattr(view, 'strong'): view = view.view
-        self.strong,view.strong = view.strong,nn.Identity()
+        self.view = view
+        self.bank = bank
+        self.n = n
+        while not hasattr(view, 'strong'):
+            view = view.view
+        self.strong, view.strong = view.strong, nn.Identity()
 
     @torch.no_grad()
-    def forward(self, step)->Sample: # img (B,3,H,W), lbl (B,H,W), wgt (B,H,W)
+    def forward(self, step) -> Sample:  # img (B,3,H,W), lbl (B,H,W), wgt (B,H,W)
         x = self.view(step).map(torch.clone)
         for i in range(len(x)):
-            for c,img,m in self.bank.draw(self.n):
+            for c, img, m in self.bank.draw(self.n):
                 x.img[i] = torch.where(m, img, x.img[i])
-                x.lbl[i][m],x.wgt[i][m] = c,1.
+                x.lbl[i][m], x.wgt[i][m] = c, 1.0
         self.bank.put(step.src)
         x.img = self.strong(x.img)
         return x
 
 # %% ../../nbs/methods/07_extras.ipynb #21089890
 def rare_class_paste(
-    method:Method,          # with mixed images
-    size:tuple,             # (H,W) of the crops
-    classes=(12,15,16,17,18), # indices, see `rare_classes`
-    n=2, slots=4, least=.005, # see `RareClassPasteView` and `CropBank`
-)->Method:
+    method: Method,  # with mixed images
+    size: tuple,  # (H,W) of the crops
+    classes=(12, 15, 16, 17, 18),  # indices, see `rare_classes`
+    n=2,
+    slots=4,
+    least=0.005,  # see `RareClassPasteView` and `CropBank`
+) -> Method:
     "Paste rare classes from other source images into each mixed one"
     p = pass_of(method, 'mixed')
     p.view = RareClassPasteView(p.view, CropBank(classes, size, slots, least), n)
@@ -137,59 +181,70 @@ def rare_class_paste(
 
 # %% ../../nbs/methods/07_extras.ipynb #3e52104a
 def squared_mmd(
-    x:Tensor,    # (n,d)
-    y:Tensor,    # (m,d)
-    kernels=5,   # Gaussians
-    mul=2.,      # ratio of neighbouring bandwidths
-)->Tensor: # scalar, ≥0
+    x: Tensor,  # (n,d)
+    y: Tensor,  # (m,d)
+    kernels=5,  # Gaussians
+    mul=2.0,  # ratio of neighbouring bandwidths
+) -> Tensor:  # scalar, ≥0
     "Squared maximum mean discrepancy under a mixture of Gaussian kernels"
-    z,n = torch.cat([x,y]).float(),len(x)
-    d = (z[:,None]-z[None]).square().sum(-1)
-    bw = (d.detach().sum()/(len(z)*(len(z)-1))).clamp(min=1e-12)
-    k = sum(torch.exp(-d/(bw*mul**(i-kernels//2))) for i in range(kernels))
-    return k[:n,:n].mean()+k[n:,n:].mean()-2*k[:n,n:].mean()
+    z, n = torch.cat([x, y]).float(), len(x)
+    d = (z[:, None] - z[None]).square().sum(-1)
+    bw = (d.detach().sum() / (len(z) * (len(z) - 1))).clamp(min=1e-12)
+    k = sum(torch.exp(-d / (bw * mul ** (i - kernels // 2))) for i in range(kernels))
+    return k[:n, :n].mean() + k[n:, n:].mean() - 2 * k[:n, n:].mean()
 
 # %% ../../nbs/methods/07_extras.ipynb #89841d60
 class FeatureQueue(nn.Module):
     "The last vectors that were put in"
-    def __init__(self, ch:int, n:int=8):
+
+    def __init__(self, ch: int, n: int = 8):
         super().__init__()
         self.register_buffer('x', torch.zeros(n, ch))
         self.register_buffer('seen', torch.zeros((), dtype=torch.long))
 
     @property
-    def now(self)->Tensor: return self.x[:int(self.seen)]  # (≤n,ch), newest first
+    def now(self) -> Tensor:
+        return self.x[: int(self.seen)]  # (≤n,ch), newest first
 
-    def put(self, f:Tensor): # (B,ch)
-        self.x.copy_(torch.cat([f.detach().float(), self.x])[:len(self.x)])
-        self.seen.copy_((self.seen+len(f)).clamp(max=len(self.x)))
+    def put(self, f: Tensor):  # (B,ch)
+        self.x.copy_(torch.cat([f.detach().float(), self.x])[: len(self.x)])
+        self.seen.copy_((self.seen + len(f)).clamp(max=len(self.x)))
 
 # %% ../../nbs/methods/07_extras.ipynb #3b7d7344
 class MMD(nn.Module):
     "Mean features of this pass should be distributed like those of another"
-    def __init__(self,
-        mine:FeatureQueue, other:FeatureQueue, # where this pass's features go, and what they are compared with
-        w=.05,                     # weight of this criterion
+
+    def __init__(
+        self,
+        mine: FeatureQueue,
+        other: FeatureQueue,  # where this pass's features go, and what they are compared with
+        w=0.05,  # weight of this criterion
     ):
         super().__init__()
-        self.mine,self.other,self.w,self.name = mine,other,w,'mmd'
+        self.mine = mine
+        self.other = other
+        self.w = w
+        self.name = 'mmd'
 
-    def forward(self,
-        out:SegOutput,        # feats[-1] (B,ch,h,w)
-        x=None, step=None, # not used
-    )->Tensor: # scalar; 0 before the other pass has been seen
-        f = out.feats[-1].float().mean((2,3))
+    def forward(
+        self,
+        out: SegOutput,  # feats[-1] (B,ch,h,w)
+        x=None,
+        step=None,  # not used
+    ) -> Tensor:  # scalar; 0 before the other pass has been seen
+        f = out.feats[-1].float().mean((2, 3))
         self.mine.put(f)
-        return squared_mmd(f, self.other.now) if self.other.seen else 0*f.sum()
+        return squared_mmd(f, self.other.now) if self.other.seen else 0 * f.sum()
+
 
 def mmd(
-    method:Method,  # with mixed images
-    net,            # the student
-    w=.05,          # as in the fork
-    n=8,            # vectors that are remembered of each side
-)->Method:
+    method: Method,  # with mixed images
+    net,  # the student
+    w=0.05,  # as in the fork
+    n=8,  # vectors that are remembered of each side
+) -> Method:
     "Draw the pooled last features of source and mixed images together"
-    a,b = (FeatureQueue(net.backbone.channels[-1], n) for _ in range(2))
+    a, b = (FeatureQueue(net.backbone.channels[-1], n) for _ in range(2))
     pass_of(method, 'source').crits.append(net.wrap_feature_loss(MMD(a, b, w)))
     pass_of(method, 'mixed').crits.append(net.wrap_feature_loss(MMD(b, a, w)))
     return method

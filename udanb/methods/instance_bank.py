@@ -11,8 +11,9 @@ __all__ = ['BANK_FILES', 'InstanceBank', 'grid_labels', 'boundary_mask', 'class_
 import numpy as np
 import torch
 from fastcore.basics import patch
-from torch import nn, Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
 from ..core.storage import atomic_write
 from ..core.types import IGNORE
 from ..core.utils import resolve
@@ -20,147 +21,217 @@ from ..core.utils import resolve
 # %% ../../nbs/methods/05_instance_bank.ipynb #ae520902
 class InstanceBank(nn.Module):
     "Labelled source embeddings, the same number of rows for each class"
-    def __init__(self,
-        n_classes:int, ch:int,    # `ch` = width of `SegOutput.fused`
-        rows:int=16, m:float=0.,  # per class; share of the old row that stays, 0 = replace
+
+    def __init__(
+        self,
+        n_classes: int,
+        ch: int,  # `ch` = width of `SegOutput.fused`
+        rows: int = 16,
+        m: float = 0.0,  # per class; share of the old row that stays, 0 = replace
     ):
         super().__init__()
-        self.n,self.rows,self.m = n_classes,rows,m
-        self.register_buffer('feat', torch.zeros(n_classes*rows, ch))
+        self.n = n_classes
+        self.rows = rows
+        self.m = m
+        self.register_buffer('feat', torch.zeros(n_classes * rows, ch))
         self.register_buffer('label', torch.arange(n_classes).repeat_interleave(rows))
-        self.register_buffer('valid', torch.zeros(n_classes*rows, dtype=torch.bool))
-        self.register_buffer('ptr', torch.zeros(n_classes, dtype=torch.long))   # which row of each class is written next
-        self.register_buffer('seen', torch.zeros(3))                            # entropy, own-class mass, right: see `profile_stats`
+        self.register_buffer('valid', torch.zeros(n_classes * rows, dtype=torch.bool))
+        self.register_buffer(
+            'ptr', torch.zeros(n_classes, dtype=torch.long)
+        )  # which row of each class is written next
+        self.register_buffer(
+            'seen', torch.zeros(3)
+        )  # entropy, own-class mass, right: see `profile_stats`
 
     @torch.no_grad()
-    def update(self,
-        feat:Tensor, here:Tensor, # (C,D), one candidate per class; (C,) bool: which of them are there
+    def update(
+        self,
+        feat: Tensor,
+        here: Tensor,  # (C,D), one candidate per class; (C,) bool: which of them are there
     ):
         "One row of each class that is there"
-        k = torch.arange(self.n, device=feat.device)*self.rows + self.ptr
-        old,was = self.feat[k],self.valid[k]
-        new = torch.where(was[:,None], torch.lerp(feat, old, self.m), feat)
-        self.feat[k],self.valid[k] = torch.where(here[:,None], new, old),was|here
-        self.ptr.copy_((self.ptr+here)%self.rows)
+        k = torch.arange(self.n, device=feat.device) * self.rows + self.ptr
+        old, was = self.feat[k], self.valid[k]
+        new = torch.where(was[:, None], torch.lerp(feat, old, self.m), feat)
+        self.feat[k], self.valid[k] = torch.where(here[:, None], new, old), was | here
+        self.ptr.copy_((self.ptr + here) % self.rows)
 
 # %% ../../nbs/methods/05_instance_bank.ipynb #0aacfe3c
 @patch
-def seen_classes(self:InstanceBank)->Tensor: # (C,) float, 1 = the class has a row
+def seen_classes(self: InstanceBank) -> Tensor:  # (C,) float, 1 = the class has a row
     "Classes that can be recognised"
-    return torch.zeros(self.n, device=self.valid.device).scatter_reduce(0, self.label, self.valid.float(), 'amax')
+    return torch.zeros(self.n, device=self.valid.device).scatter_reduce(
+        0, self.label, self.valid.float(), 'amax'
+    )
+
 
 @patch
-def occupancy(self:InstanceBank)->Tensor: # scalar in [0,1]
+def occupancy(self: InstanceBank) -> Tensor:  # scalar in [0,1]
     "How full the rows of the classes met so far are"
-    return self.valid.sum()/(self.rows*self.seen_classes().sum()).clamp(min=1)
+    return self.valid.sum() / (self.rows * self.seen_classes().sum()).clamp(min=1)
 
 # %% ../../nbs/methods/05_instance_bank.ipynb #d0f98f67
 def grid_labels(
-    lbl:Tensor, size:tuple, # (B,H,W) int64; (h,w) of the embedding
-)->Tensor: # (B,h,w) int64
+    lbl: Tensor,
+    size: tuple,  # (B,H,W) int64; (h,w) of the embedding
+) -> Tensor:  # (B,h,w) int64
     "The label at each cell's centre"
-    return F.interpolate(lbl[:,None].float(), tuple(size), mode='nearest-exact')[:,0].long()
+    return F.interpolate(lbl[:, None].float(), tuple(size), mode='nearest-exact')[:, 0].long()
+
 
 def boundary_mask(
-    lbl:Tensor,  # (B,h,w) int64
-)->Tensor: # (B,h,w) bool
+    lbl: Tensor,  # (B,h,w) int64
+) -> Tensor:  # (B,h,w) bool
     "Labelled cells with at least two labels in their 3×3 neighbourhood"
-    void,pool = lbl==IGNORE,lambda x: F.max_pool2d(x[:,None].float(), 3, 1, 1)[:,0]
-    return (pool(lbl.masked_fill(void, -1))!=-pool(-lbl.masked_fill(void, 2**20))) & ~void
+    void, pool = lbl == IGNORE, lambda x: F.max_pool2d(x[:, None].float(), 3, 1, 1)[:, 0]
+    return (pool(lbl.masked_fill(void, -1)) != -pool(-lbl.masked_fill(void, 2**20))) & ~void
 
 # %% ../../nbs/methods/05_instance_bank.ipynb #6cb27e69
 def class_means(
-    e:Tensor, lbl:Tensor, # (B,D,h,w), (B,h,w)
-    n:int,                # classes
-)->tuple: # means (B,n,D), 0 where the class is absent; cells (B,n); membership (B,h*w,n)
+    e: Tensor,
+    lbl: Tensor,  # (B,D,h,w), (B,h,w)
+    n: int,  # classes
+) -> tuple:  # means (B,n,D), 0 where the class is absent; cells (B,n); membership (B,h*w,n)
     "Mean embedding of each class in each image"
-    one = F.one_hot(lbl.masked_fill(lbl==IGNORE, n).flatten(1), n+1)[...,:n].float()
-    return torch.einsum('bdp,bpc->bcd', e.flatten(2), one)/one.sum(1).clamp(min=1)[...,None], one.sum(1), one
+    one = F.one_hot(lbl.masked_fill(lbl == IGNORE, n).flatten(1), n + 1)[..., :n].float()
+    return (
+        torch.einsum('bdp,bpc->bcd', e.flatten(2), one) / one.sum(1).clamp(min=1)[..., None],
+        one.sum(1),
+        one,
+    )
+
 
 def class_candidates(
-    e:Tensor, lbl:Tensor, n:int, # as in `class_means`
-    edge=True, gen=None,         # with a boundary pixel; generator of its draw
-)->tuple: # (B,n,D), and (B,n) bool: which are there
+    e: Tensor,
+    lbl: Tensor,
+    n: int,  # as in `class_means`
+    edge=True,
+    gen=None,  # with a boundary pixel; generator of its draw
+) -> tuple:  # (B,n,D), and (B,n) bool: which are there
     "One per class and image"
-    mean,count,one = class_means(e, lbl, n)
-    if not edge: return mean, count>0
-    score = 1-torch.rand(lbl.shape, generator=gen).to(e.device) + boundary_mask(lbl)     # any boundary cell beats any other
-    at = (score.flatten(1)[...,None]*one).argmax(1)
-    pixel = e.flatten(2).gather(2, at[:,None].expand(-1,e.shape[1],-1)).transpose(1,2)
-    return (mean+pixel)/2, count>0
+    mean, count, one = class_means(e, lbl, n)
+    if not edge:
+        return mean, count > 0
+    score = (
+        1 - torch.rand(lbl.shape, generator=gen).to(e.device) + boundary_mask(lbl)
+    )  # any boundary cell beats any other
+    at = (score.flatten(1)[..., None] * one).argmax(1)
+    pixel = e.flatten(2).gather(2, at[:, None].expand(-1, e.shape[1], -1)).transpose(1, 2)
+    return (mean + pixel) / 2, count > 0
 
 # %% ../../nbs/methods/05_instance_bank.ipynb #1bfccc14
 @patch
-def similarities(self:InstanceBank,
-    e:Tensor,     # (B,D,h,w)
-    tau:float=.1, # temperature; None = plain dot products of what is not negative, 0 for rows not written (published)
-)->Tensor: # (B,K,h,w) float32
+def similarities(
+    self: InstanceBank,
+    e: Tensor,  # (B,D,h,w)
+    tau: float = 0.1,  # temperature; None = plain dot products of what is not negative, 0 for rows not written (published)
+) -> Tensor:  # (B,K,h,w) float32
     "Similarity of each cell to each row"
     with torch.autocast(e.device.type, enabled=False):
-        e,f = (e.float().relu(),self.feat.relu()) if tau is None else (F.normalize(e.float(), eps=1e-4),F.normalize(self.feat, eps=1e-4))
+        e, f = (
+            (e.float().relu(), self.feat.relu())
+            if tau is None
+            else (F.normalize(e.float(), eps=1e-4), F.normalize(self.feat, eps=1e-4))
+        )
         s = torch.einsum('kd,bdhw->bkhw', f, e)
-    off = ~self.valid[:,None,None]
-    return s.masked_fill(off, 0.) if tau is None else (s/tau).masked_fill(off, -1e4)
+    off = ~self.valid[:, None, None]
+    return s.masked_fill(off, 0.0) if tau is None else (s / tau).masked_fill(off, -1e4)
 
 # %% ../../nbs/methods/05_instance_bank.ipynb #dfe4870a
 def class_corrected_profile(
-    s:Tensor, logp:Tensor, label:Tensor, # (B,K,h,w) from `sims`; (B,C,h,w) log-probabilities; (K,)
-)->Tensor: # (B,K,h,w), sums to 1 over the rows
+    s: Tensor,
+    logp: Tensor,
+    label: Tensor,  # (B,K,h,w) from `sims`; (B,C,h,w) log-probabilities; (K,)
+) -> Tensor:  # (B,K,h,w), sums to 1 over the rows
     "The profile, corrected by class probabilities (SimMatch)"
-    return (s+logp[:,label]).softmax(1)
+    return (s + logp[:, label]).softmax(1)
 
 # %% ../../nbs/methods/05_instance_bank.ipynb #6aa29635
 def profile_to_class_probs(
-    q:Tensor, label:Tensor, n:int, # (B,K,h,w), a profile; (K,); classes
-)->Tensor: # (B,n,h,w)
+    q: Tensor,
+    label: Tensor,
+    n: int,  # (B,K,h,w), a profile; (K,); classes
+) -> Tensor:  # (B,n,h,w)
     "The profile's mass on each class"
     return q.new_zeros(len(q), n, *q.shape[2:]).index_add(1, label, q)
 
 # %% ../../nbs/methods/05_instance_bank.ipynb #c45c1263
 def profile_stats(
-    q:Tensor, label:Tensor, cls:Tensor, # (N,K) profiles; (K,); (N,) the true classes
-    k:int|Tensor,                       # rows that could be chosen
-)->Tensor: # (N,3): entropy / log k, own-class mass, nearest row right
+    q: Tensor,
+    label: Tensor,
+    cls: Tensor,  # (N,K) profiles; (K,); (N,) the true classes
+    k: int | Tensor,  # rows that could be chosen
+) -> Tensor:  # (N,3): entropy / log k, own-class mass, nearest row right
     "How telling profiles are"
-    own = label[None]==cls[:,None]
-    ent = -(q*q.clamp(min=1e-30).log()).sum(1)/torch.as_tensor(k, device=q.device).float().clamp(min=2).log()
-    return torch.stack([ent, (q*own).sum(1), label[q.argmax(1)].eq(cls).float()], 1)
+    own = label[None] == cls[:, None]
+    ent = (
+        -(q * q.clamp(min=1e-30).log()).sum(1)
+        / torch.as_tensor(k, device=q.device).float().clamp(min=2).log()
+    )
+    return torch.stack([ent, (q * own).sum(1), label[q.argmax(1)].eq(cls).float()], 1)
+
 
 @torch.no_grad()
 def evaluate_bank(
-    bank:InstanceBank, tau:float|None=.1, # None = the published profile, divided by its sum
-)->dict: # entropy, mass, chance (mass of a uniform profile), right
+    bank: InstanceBank,
+    tau: float | None = 0.1,  # None = the published profile, divided by its sum
+) -> dict:  # entropy, mass, chance (mass of a uniform profile), right
     "Each row against all others"
-    f,l = bank.feat[bank.valid],bank.label[bank.valid]
-    if (k := len(f)-1)<2: raise ValueError(f'the bank has {k+1} written rows; three are needed for a comparison')
-    me,same = torch.eye(k+1, dtype=torch.bool, device=f.device),l[None]==l[:,None]
-    x = f@f.T if tau is None else F.normalize(f)@F.normalize(f).T/tau
-    q = (x*~me)/(x*~me).sum(1, keepdim=True) if tau is None else x.masked_fill(me, -1e4).softmax(1)
-    ent,mass,right = profile_stats(q, l, l, k).mean(0).tolist()
-    return dict(entropy=ent, mass=mass, chance=(same.sum(1)-1.).mean().item()/k, right=right)
+    f, l = bank.feat[bank.valid], bank.label[bank.valid]
+    if (k := len(f) - 1) < 2:
+        raise ValueError(f'the bank has {k + 1} written rows; three are needed for a comparison')
+    me, same = torch.eye(k + 1, dtype=torch.bool, device=f.device), l[None] == l[:, None]
+    x = f @ f.T if tau is None else F.normalize(f) @ F.normalize(f).T / tau
+    q = (
+        (x * ~me) / (x * ~me).sum(1, keepdim=True)
+        if tau is None
+        else x.masked_fill(me, -1e4).softmax(1)
+    )
+    ent, mass, right = profile_stats(q, l, l, k).mean(0).tolist()
+    return dict(entropy=ent, mass=mass, chance=(same.sum(1) - 1.0).mean().item() / k, right=right)
 
 # %% ../../nbs/methods/05_instance_bank.ipynb #c3f594e5
-BANK_FILES = 'f_buffer_s.npz','l_buffer_s.npz'
+BANK_FILES = 'f_buffer_s.npz', 'l_buffer_s.npz'
+
 
 def save_bank(
-    bank:InstanceBank, folder, # relative to the project, or absolute
-)->list: # the two paths
+    bank: InstanceBank,
+    folder,  # relative to the project, or absolute
+) -> list:  # the two paths
     "Write the rows in DIDA's form"
-    return [atomic_write(resolve(folder)/f, lambda p: np.savez(p, r[bank.valid].cpu().numpy())) for f,r in zip(BANK_FILES, (bank.feat,bank.label))]
+    return [
+        atomic_write(resolve(folder) / f, lambda p: np.savez(p, r[bank.valid].cpu().numpy()))
+        for f, r in zip(BANK_FILES, (bank.feat, bank.label))
+    ]
+
 
 def load_bank(
-    bank:InstanceBank, folder, # filled in place; as above
-)->InstanceBank:
+    bank: InstanceBank,
+    folder,  # filled in place; as above
+) -> InstanceBank:
     "Read rows in DIDA's form"
     folder = resolve(folder)
-    if lost := [f for f in BANK_FILES if not (folder/f).exists()]: raise FileNotFoundError(f'{folder/lost[0]} is not there; a bank is {" and ".join(BANK_FILES)}')
-    feat,lbl = (torch.from_numpy(np.load(folder/f)['arr_0']).to(bank.feat.device) for f in BANK_FILES)
-    if feat.shape!=(len(lbl),bank.feat.shape[1]):
-        raise ValueError(f'{folder}: embeddings {tuple(feat.shape)} for {len(lbl)} labels; this network needs ({len(lbl)}, {bank.feat.shape[1]})')
-    if len(lbl) and not 0<=lbl.min()<=lbl.max()<bank.n: raise ValueError(f'{folder/BANK_FILES[1]}: labels {lbl.min()} to {lbl.max()}; there are {bank.n} classes')
+    if lost := [f for f in BANK_FILES if not (folder / f).exists()]:
+        raise FileNotFoundError(
+            f'{folder / lost[0]} is not there; a bank is {" and ".join(BANK_FILES)}'
+        )
+    feat, lbl = (
+        torch.from_numpy(np.load(folder / f)['arr_0']).to(bank.feat.device) for f in BANK_FILES
+    )
+    if feat.shape != (len(lbl), bank.feat.shape[1]):
+        raise ValueError(
+            f'{folder}: embeddings {tuple(feat.shape)} for {len(lbl)} labels; this network needs ({len(lbl)}, {bank.feat.shape[1]})'
+        )
+    if len(lbl) and not 0 <= lbl.min() <= lbl.max() < bank.n:
+        raise ValueError(
+            f'{folder / BANK_FILES[1]}: labels {lbl.min()} to {lbl.max()}; there are {bank.n} classes'
+        )
     count = torch.bincount(lbl, minlength=bank.n)
-    if count.max()>bank.rows: raise ValueError(f'{folder/BANK_FILES[1]}: {count.max()} rows of class {count.argmax()}, room for {bank.rows}; set rows={count.max()}')
-    at = [c*bank.rows+i for c,n in enumerate(count.tolist()) for i in range(n)]
-    bank.valid.zero_()[at],bank.feat.zero_()[at] = True,feat[lbl.argsort(stable=True)].float()
-    bank.ptr.copy_(count%bank.rows)
+    if count.max() > bank.rows:
+        raise ValueError(
+            f'{folder / BANK_FILES[1]}: {count.max()} rows of class {count.argmax()}, room for {bank.rows}; set rows={count.max()}'
+        )
+    at = [c * bank.rows + i for c, n in enumerate(count.tolist()) for i in range(n)]
+    bank.valid.zero_()[at], bank.feat.zero_()[at] = True, feat[lbl.argsort(stable=True)].float()
+    bank.ptr.copy_(count % bank.rows)
     return bank

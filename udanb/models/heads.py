@@ -8,70 +8,114 @@ __all__ = ['FUSIONS', 'HEADS', 'fused_1x1_conv', 'ASPP', 'DAFormerHead', 'SegFor
 
 # %% ../../nbs/models/03_heads.ipynb #08ce1895
 from functools import partial
+
 import torch
-from torch import nn, Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
 from ..core.utils import lookup
-from .layers import ChannelLinear, classifier, ConvBN, dilated_depthwise_conv, resize, SepConvBN
+from udanb.models.layers import (
+    ChannelLinear,
+    ConvBN,
+    SepConvBN,
+    classifier,
+    dilated_depthwise_conv,
+    resize,
+)
 
 # %% ../../nbs/models/03_heads.ipynb #16d60070
 def fused_1x1_conv(
-    conv:nn.Conv2d, # 1×1 over the stack, no bias
-    embeds,         # one `ChannelLinear` per map
-    feats,          # maps (B,c_i,h_i,w_i), finest first
-)->Tensor: # (B,no,h_0,w_0)
+    conv: nn.Conv2d,  # 1×1 over the stack, no bias
+    embeds,  # one `ChannelLinear` per map
+    feats,  # maps (B,c_i,h_i,w_i), finest first
+) -> Tensor:  # (B,no,h_0,w_0)
     "`conv` of the stacked, upsampled embeddings, without stacking them"
-    size,parts = feats[0].shape[-2:],conv.weight.flatten(1).split([e.proj.out_features for e in embeds], 1)
-    return sum(resize(F.conv2d(f, (w@e.proj.weight)[:,:,None,None], w@e.proj.bias), size) for w,e,f in zip(parts, embeds, feats))
+    size, parts = (
+        feats[0].shape[-2:],
+        conv.weight.flatten(1).split([e.proj.out_features for e in embeds], 1),
+    )
+    return sum(
+        resize(F.conv2d(f, (w @ e.proj.weight)[:, :, None, None], w @ e.proj.bias), size)
+        for w, e, f in zip(parts, embeds, feats)
+    )
 
 # %% ../../nbs/models/03_heads.ipynb #8c2d6287
 def _cpu32(maps, bn):
     "Shall maps be taken one after the other?"
     x = maps[0]
-    return (x.device.type=='cpu' and x.dtype==torch.float32 and type(bn) is nn.BatchNorm2d and bn.track_running_stats
-            and not torch.is_autocast_enabled('cpu') and not torch.compiler.is_compiling())
+    return (
+        x.device.type == 'cpu'
+        and x.dtype == torch.float32
+        and type(bn) is nn.BatchNorm2d
+        and bn.track_running_stats
+        and not torch.is_autocast_enabled('cpu')
+        and not torch.compiler.is_compiling()
+    )
+
 
 def _joined(m, maps):
     "`m`, a `ConvBN`, of stacked maps: a sum of convolutions"
-    y,parts = None,m.conv.weight.split([x.shape[1] for x in maps], 1)
-    for x,w in zip(maps, parts):
+    y, parts = None, m.conv.weight.split([x.shape[1] for x in maps], 1)
+    for x, w in zip(maps, parts):
         z = F.conv2d(x, w, padding=m.conv.padding)
         y = z if y is None else y.add_(z)
     return m.relu(m.bn(y))
 
+
 def _separable(branch, maps):
     "`branch`, a `SepConvBN`, of stacked maps, one after the other"
-    dw,bn,pw = branch.depthwise_conv.conv,branch.depthwise_conv.bn,branch.pointwise_conv
-    n,zs = [m.shape[1] for m in maps],[]
-    if bn.training: bn.num_batches_tracked += 1
-    rate = 1/max(int(bn.num_batches_tracked), 1) if bn.momentum is None else bn.momentum    # None: a plain average, as BatchNorm2d has it
-    for x,w,*norm in zip(maps, *(t.split(n) for t in (dw.weight, bn.running_mean, bn.running_var, bn.weight, bn.bias))):
-        zs.append(F.relu_(F.batch_norm(dilated_depthwise_conv(x, w, dw.dilation[0]), *norm, bn.training, rate, bn.eps)))
+    dw = branch.depthwise_conv.conv
+    bn = branch.depthwise_conv.bn
+    pw = branch.pointwise_conv
+    n, zs = [m.shape[1] for m in maps], []
+    if bn.training:
+        bn.num_batches_tracked += 1
+    rate = (
+        1 / max(int(bn.num_batches_tracked), 1) if bn.momentum is None else bn.momentum
+    )  # None: a plain average, as BatchNorm2d has it
+    for x, w, *norm in zip(
+        maps,
+        *(t.split(n) for t in (dw.weight, bn.running_mean, bn.running_var, bn.weight, bn.bias)),
+    ):
+        zs.append(
+            F.relu_(
+                F.batch_norm(
+                    dilated_depthwise_conv(x, w, dw.dilation[0]), *norm, bn.training, rate, bn.eps
+                )
+            )
+        )
     return _joined(pw, zs)
 
 # %% ../../nbs/models/03_heads.ipynb #9026d061
 class ASPP(nn.Module):
     "Parallel dilated branches, joined by a 3×3 convolution (the published `fuse_layer`)"
-    def __init__(self,
-        ni:int,                  # channels in
-        ch:int,                  # channels of each branch and of the result
-        dilations=(1,6,12,18),   # 1 means a 1×1 branch
-        separable=True,          # depthwise separable branches; False = full 3×3 (the `aspp` ablation)
+
+    def __init__(
+        self,
+        ni: int,  # channels in
+        ch: int,  # channels of each branch and of the result
+        dilations=(1, 6, 12, 18),  # 1 means a 1×1 branch
+        separable=True,  # depthwise separable branches; False = full 3×3 (the `aspp` ablation)
     ):
         super().__init__()
         branch = SepConvBN if separable else ConvBN
-        self.aspp_modules = nn.ModuleList(ConvBN(ni, ch) if d==1 else branch(ni, ch, 3, d) for d in dilations)
-        self.bottleneck = ConvBN(len(dilations)*ch, ch, 3)
+        self.aspp_modules = nn.ModuleList(
+            ConvBN(ni, ch) if d == 1 else branch(ni, ch, 3, d) for d in dilations
+        )
+        self.bottleneck = ConvBN(len(dilations) * ch, ch, 3)
 
-    def forward(self,
-        maps,       # (B,n_i,h,w) each, `ni` channels together
-        point=None, # `Conv2d` -> what a 1×1 makes of the stack, if there is a cheaper way, see `fused_1x1_conv`
-    )->Tensor: # (B,ch,h,w)
-        outs,x = [],None
+    def forward(
+        self,
+        maps,  # (B,n_i,h,w) each, `ni` channels together
+        point=None,  # `Conv2d` -> what a 1×1 makes of the stack, if there is a cheaper way, see `fused_1x1_conv`
+    ) -> Tensor:  # (B,ch,h,w)
+        outs, x = [], None
         for m in self.aspp_modules:
             sep = isinstance(m, SepConvBN)
-            if not sep and point and m.conv.kernel_size==(1,1): outs.append(m.relu(m.bn(point(m.conv))))
-            elif sep and _cpu32(maps, m.depthwise_conv.bn): outs.append(_separable(m, maps))
+            if not sep and point and m.conv.kernel_size == (1, 1):
+                outs.append(m.relu(m.bn(point(m.conv))))
+            elif sep and _cpu32(maps, m.depthwise_conv.bn):
+                outs.append(_separable(m, maps))
             else:
                 x = torch.cat(list(maps), 1) if x is None else x
                 outs.append(m(x))
@@ -79,167 +123,230 @@ class ASPP(nn.Module):
         return _joined(b, outs) if _cpu32(outs, b.bn) else b(torch.cat(outs, 1))
 
 # %% ../../nbs/models/03_heads.ipynb #eb1fede5
-FUSIONS = dict(sepaspp=ASPP, aspp=partial(ASPP, separable=False), conv1=ConvBN)   # name -> class(channels in, channels out)
+FUSIONS = dict(
+    sepaspp=ASPP, aspp=partial(ASPP, separable=False), conv1=ConvBN
+)  # name -> class(channels in, channels out)
+
 
 class DAFormerHead(nn.Module):
     "Context-aware fusion of four maps (DAFormer, section 3.2)"
+
     output_level = 0
-    def __init__(self,
-        channels,                # of the four maps, finest first
-        n_classes:int,
-        dim=None,                # embedding of each map; None = 256
-        ch=None,                 # channels of the fusion and of `fused`; None = `dim`
-        dropout=0.1,             # of whole channels, before the classifier
-        fusion='sepaspp',        # a key of `FUSIONS`
+
+    def __init__(
+        self,
+        channels,  # of the four maps, finest first
+        n_classes: int,
+        dim=None,  # embedding of each map; None = 256
+        ch=None,  # channels of the fusion and of `fused`; None = `dim`
+        dropout=0.1,  # of whole channels, before the classifier
+        fusion='sepaspp',  # a key of `FUSIONS`
     ):
         super().__init__()
         dim = dim or 256
-        self.n_classes,self.ch = n_classes,ch or dim
+        self.n_classes, self.ch = n_classes, ch or dim
         self.embed_layers = nn.ModuleList(ChannelLinear(c, dim) for c in channels)
-        self.fuse_layer = lookup(fusion, FUSIONS, 'fusion')(len(channels)*dim, self.ch)
+        self.fuse_layer = lookup(fusion, FUSIONS, 'fusion')(len(channels) * dim, self.ch)
         self.dropout = nn.Dropout2d(dropout)
         self.conv_seg = classifier(self.ch, n_classes)
 
-    def fuse(self, feats)->Tensor: # (B,ch,h_0,w_0)
-        f,size = self.fuse_layer,feats[0].shape[-2:]
-        if feats[0].device.type=='cpu': feats = [x.contiguous(memory_format=torch.channels_last) for x in feats]
-        point = lambda conv: fused_1x1_conv(conv, self.embed_layers, feats)
-        if isinstance(f, ConvBN): return f.relu(f.bn(point(f.conv)))
-        return f([resize(e(x), size) for e,x in zip(self.embed_layers, feats)], point)
+    def fuse(self, feats) -> Tensor:  # (B,ch,h_0,w_0)
+        f, size = self.fuse_layer, feats[0].shape[-2:]
+        if feats[0].device.type == 'cpu':
+            feats = [x.contiguous(memory_format=torch.channels_last) for x in feats]
 
-    def forward(self,
+        def point(conv):
+            return fused_1x1_conv(conv, self.embed_layers, feats)
+
+        if isinstance(f, ConvBN):
+            return f.relu(f.bn(point(f.conv)))
+        return f([resize(e(x), size) for e, x in zip(self.embed_layers, feats)], point)
+
+    def forward(
+        self,
         feats,  # maps (B,channels[i],h_i,w_i), finest first
-    )->tuple: # logits (B,n_classes,h_0,w_0), fused (B,ch,h_0,w_0)
+    ) -> tuple:  # logits (B,n_classes,h_0,w_0), fused (B,ch,h_0,w_0)
         fused = self.fuse(feats)
-        return self.conv_seg(self.dropout(fused)),fused
+        return self.conv_seg(self.dropout(fused)), fused
 
 # %% ../../nbs/models/03_heads.ipynb #449f6656
 class SegFormerHead(nn.Module):
     "Four linear layers and a 1×1 convolution"
+
     output_level = 0
-    def __init__(self,
-        channels, n_classes:int,  # as in `DAFormerHead`
-        dim=None, ch=None,        # None = 768; None = `dim`
+
+    def __init__(
+        self,
+        channels,
+        n_classes: int,  # as in `DAFormerHead`
+        dim=None,
+        ch=None,  # None = 768; None = `dim`
         dropout=0.1,
     ):
         super().__init__()
         dim = dim or 768
-        self.n_classes,self.ch = n_classes,ch or dim
+        self.n_classes, self.ch = n_classes, ch or dim
         self.linear_c = nn.ModuleList(ChannelLinear(c, dim) for c in channels)
-        self.linear_fuse = ConvBN(len(channels)*dim, self.ch)
+        self.linear_fuse = ConvBN(len(channels) * dim, self.ch)
         self.dropout = nn.Dropout2d(dropout)
         self.linear_pred = classifier(self.ch, n_classes)
 
-    def forward(self, feats)->tuple: # logits (B,n_classes,h_0,w_0), fused (B,ch,h_0,w_0)
+    def forward(self, feats) -> tuple:  # logits (B,n_classes,h_0,w_0), fused (B,ch,h_0,w_0)
         f = self.linear_fuse
         fused = f.relu(f.bn(fused_1x1_conv(f.conv, self.linear_c, feats)))
-        return self.linear_pred(self.dropout(fused)),fused
+        return self.linear_pred(self.dropout(fused)), fused
 
 # %% ../../nbs/models/03_heads.ipynb #1aed9512
 class FCNConvs(nn.Module):
     "3×3 convolutions and a classifier on one map"
-    def __init__(self,
-        ni:int, n_classes:int, ch=256, dropout=0.1,
-        depth=1,    # convolutions
+
+    def __init__(
+        self,
+        ni: int,
+        n_classes: int,
+        ch=256,
+        dropout=0.1,
+        depth=1,  # convolutions
         cat=False,  # one more, of their result beside the map
     ):
         super().__init__()
-        self.convs,self.dropout = nn.Sequential(*(ConvBN(ch if i else ni, ch, 3) for i in range(depth))),nn.Dropout2d(dropout)
-        self.conv_cat = ConvBN(ni+ch, ch, 3) if cat else None
+        self.convs, self.dropout = (
+            nn.Sequential(*(ConvBN(ch if i else ni, ch, 3) for i in range(depth))),
+            nn.Dropout2d(dropout),
+        )
+        self.conv_cat = ConvBN(ni + ch, ch, 3) if cat else None
         self.conv_seg = classifier(ch, n_classes)
 
-    def fuse(self, x)->Tensor: # (B,ch,h,w)
+    def fuse(self, x) -> Tensor:  # (B,ch,h,w)
         y = self.convs(x)
         return y if self.conv_cat is None else self.conv_cat(torch.cat([x, y], 1))
 
-    def forward(self, x)->Tensor: return self.conv_seg(self.dropout(self.fuse(x))) # (B,n_classes,h,w)
+    def forward(self, x) -> Tensor:
+        return self.conv_seg(self.dropout(self.fuse(x)))  # (B,n_classes,h,w)
 
 # %% ../../nbs/models/03_heads.ipynb #99639bf6
 class UPerHead(nn.Module):
     "Pyramid pooling on the last map, then a feature pyramid"
+
     output_level = 0
-    def __init__(self,
-        channels, n_classes:int,  # as in `DAFormerHead`
-        dim=None, ch=None,        # `ch`, else `dim`, else 512 channels throughout
+
+    def __init__(
+        self,
+        channels,
+        n_classes: int,  # as in `DAFormerHead`
+        dim=None,
+        ch=None,  # `ch`, else `dim`, else 512 channels throughout
         dropout=0.1,
-        pool=(1,2,3,6),           # cells per side
-        aux_ch=256,               # of the auxiliary head; 0 = none
+        pool=(1, 2, 3, 6),  # cells per side
+        aux_ch=256,  # of the auxiliary head; 0 = none
     ):
         super().__init__()
         ch = ch or dim or 512
-        self.n_classes,self.ch = n_classes,ch
-        self.psp_modules = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(n), ConvBN(channels[-1], ch)) for n in pool)
-        self.bottleneck = ConvBN(channels[-1]+len(pool)*ch, ch, 3)
+        self.n_classes, self.ch = n_classes, ch
+        self.psp_modules = nn.ModuleList(
+            nn.Sequential(nn.AdaptiveAvgPool2d(n), ConvBN(channels[-1], ch)) for n in pool
+        )
+        self.bottleneck = ConvBN(channels[-1] + len(pool) * ch, ch, 3)
         self.lateral_convs = nn.ModuleList(ConvBN(c, ch) for c in channels[:-1])
         self.fpn_convs = nn.ModuleList(ConvBN(ch, ch, 3) for _ in channels[:-1])
-        self.fpn_bottleneck = ConvBN(len(channels)*ch, ch, 3)
-        self.dropout,self.conv_seg = nn.Dropout2d(dropout),classifier(ch, n_classes)
+        self.fpn_bottleneck = ConvBN(len(channels) * ch, ch, 3)
+        self.dropout, self.conv_seg = nn.Dropout2d(dropout), classifier(ch, n_classes)
         self.aux = FCNConvs(channels[2], n_classes, aux_ch, dropout) if aux_ch else None
 
-    def forward(self, feats)->tuple: # logits (B,n_classes,h_0,w_0), fused (B,ch,h_0,w_0), {'fcn': (B,n_classes,h_2,w_2)} in training
+    def forward(
+        self, feats
+    ) -> tuple:  # logits (B,n_classes,h_0,w_0), fused (B,ch,h_0,w_0), {'fcn': (B,n_classes,h_2,w_2)} in training
         last = feats[-1]
-        x = self.bottleneck(torch.cat([last]+[resize(m(last), last.shape[-2:]) for m in self.psp_modules], 1))
+        x = self.bottleneck(
+            torch.cat([last] + [resize(m(last), last.shape[-2:]) for m in self.psp_modules], 1)
+        )
         outs = [x]
-        for conv,out,f in zip(self.lateral_convs[::-1], self.fpn_convs[::-1], feats[-2::-1]):
-            x = conv(f)+resize(x, f.shape[-2:])
+        for conv, out, f in zip(self.lateral_convs[::-1], self.fpn_convs[::-1], feats[-2::-1]):
+            x = conv(f) + resize(x, f.shape[-2:])
             outs.insert(0, out(x))
         fused = self.fpn_bottleneck(torch.cat([resize(o, feats[0].shape[-2:]) for o in outs], 1))
         aux = dict(fcn=self.aux(feats[2])) if self.training and self.aux is not None else {}
-        return self.conv_seg(self.dropout(fused)),fused,aux
+        return self.conv_seg(self.dropout(fused)), fused, aux
 
 # %% ../../nbs/models/03_heads.ipynb #199285c2
 class FCNHead(FCNConvs):
     "Three 3×3 convolutions on the last map (mmsegmentation's FCN)"
+
     output_level = 3
-    def __init__(self,
-        channels, n_classes:int,  # as in `DAFormerHead`; only the last map is used
-        dim=None, ch=None,        # `ch`, else `dim`, else 512
+
+    def __init__(
+        self,
+        channels,
+        n_classes: int,  # as in `DAFormerHead`; only the last map is used
+        dim=None,
+        ch=None,  # `ch`, else `dim`, else 512
         dropout=0.1,
     ):
         ch = ch or dim or 512
         super().__init__(channels[-1], n_classes, ch, dropout, 2, True)
-        self.n_classes,self.ch = n_classes,ch
+        self.n_classes, self.ch = n_classes, ch
 
-    def forward(self, feats)->tuple: # logits (B,n_classes,h_3,w_3), fused (B,ch,h_3,w_3)
+    def forward(self, feats) -> tuple:  # logits (B,n_classes,h_3,w_3), fused (B,ch,h_3,w_3)
         fused = self.fuse(feats[-1])
-        return self.conv_seg(self.dropout(fused)),fused
+        return self.conv_seg(self.dropout(fused)), fused
 
 # %% ../../nbs/models/03_heads.ipynb #ffde5122
 class DLV2Head(nn.Module):
     "Dilated classifiers on the last map, summed"
+
     output_level = 3
-    def __init__(self,
-        channels, n_classes:int,  # as in `DAFormerHead`; only the last map is used
-        dim=None, ch=None,        # not used: there is no embedding
-        dilations=(6,12),         # DeepLabV2 has (6,12,18,24)
+
+    def __init__(
+        self,
+        channels,
+        n_classes: int,  # as in `DAFormerHead`; only the last map is used
+        dim=None,
+        ch=None,  # not used: there is no embedding
+        dilations=(6, 12),  # DeepLabV2 has (6,12,18,24)
     ):
         super().__init__()
-        self.n_classes,self.ch = n_classes,channels[-1]
-        self.aspp_modules = nn.ModuleList(nn.ModuleDict(dict(conv=classifier(self.ch, n_classes, 3, d))) for d in dilations)
+        self.n_classes, self.ch = n_classes, channels[-1]
+        self.aspp_modules = nn.ModuleList(
+            nn.ModuleDict(dict(conv=classifier(self.ch, n_classes, 3, d))) for d in dilations
+        )
 
-    def forward(self, feats)->tuple: # logits (B,n_classes,h_3,w_3), fused = the last map
-        return sum(m['conv'](feats[-1]) for m in self.aspp_modules),feats[-1]
+    def forward(self, feats) -> tuple:  # logits (B,n_classes,h_3,w_3), fused = the last map
+        return sum(m['conv'](feats[-1]) for m in self.aspp_modules), feats[-1]
+
 
 class DLV2AdapterHead(nn.Module):
     "Dilated convolutions on the last map, stacked, with an embedding of `ch` channels (DDB)"
+
     output_level = 3
-    def __init__(self,
-        channels, n_classes:int,  # as in `DAFormerHead`; only the last map is used
-        dim=None, ch=None,        # `ch`, else `dim`, else 256
-        dropout=0.1, dilations=(6,12),
+
+    def __init__(
+        self,
+        channels,
+        n_classes: int,  # as in `DAFormerHead`; only the last map is used
+        dim=None,
+        ch=None,  # `ch`, else `dim`, else 256
+        dropout=0.1,
+        dilations=(6, 12),
     ):
         super().__init__()
-        self.n_classes,self.ch = n_classes,ch or dim or 256
-        each = self.ch//len(dilations)
+        self.n_classes, self.ch = n_classes, ch or dim or 256
+        each = self.ch // len(dilations)
         self.aspp_modules = nn.ModuleList(ConvBN(channels[-1], each, 3, d) for d in dilations)
-        self.bottleneck = ConvBN(each*len(dilations), self.ch, 3)
-        self.dropout,self.conv_seg = nn.Dropout2d(dropout),classifier(self.ch, n_classes)
+        self.bottleneck = ConvBN(each * len(dilations), self.ch, 3)
+        self.dropout, self.conv_seg = nn.Dropout2d(dropout), classifier(self.ch, n_classes)
 
-    def forward(self, feats)->tuple: # logits (B,n_classes,h_3,w_3), fused (B,ch,h_3,w_3)
+    def forward(self, feats) -> tuple:  # logits (B,n_classes,h_3,w_3), fused (B,ch,h_3,w_3)
         fused = self.bottleneck(torch.cat([m(feats[-1]) for m in self.aspp_modules], 1))
-        return self.conv_seg(self.dropout(fused)),fused
+        return self.conv_seg(self.dropout(fused)), fused
 
 # %% ../../nbs/models/03_heads.ipynb #cd57202d
-HEADS = dict(daformer=DAFormerHead, daformer_aspp=partial(DAFormerHead, fusion='aspp'), daformer_conv1=partial(DAFormerHead, fusion='conv1'),
-             segformer=SegFormerHead, upernet=UPerHead, fcn=FCNHead,
-             dlv2=DLV2Head, dlv2_adapter=DLV2AdapterHead)   # name -> class(channels, n_classes, dim, ch)
+HEADS = dict(
+    daformer=DAFormerHead,
+    daformer_aspp=partial(DAFormerHead, fusion='aspp'),
+    daformer_conv1=partial(DAFormerHead, fusion='conv1'),
+    segformer=SegFormerHead,
+    upernet=UPerHead,
+    fcn=FCNHead,
+    dlv2=DLV2Head,
+    dlv2_adapter=DLV2AdapterHead,
+)  # name -> class(channels, n_classes, dim, ch)

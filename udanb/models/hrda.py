@@ -9,178 +9,259 @@ __all__ = ['random_boxes', 'crop_boxes', 'scatter_crops', 'detail_windows', 'HRD
 # %% ../../nbs/models/05_hrda.ipynb #26f848b5
 from copy import copy
 from dataclasses import replace
+
 import torch
 from fastcore.basics import patch
-from torch import nn, Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
 from ..core.types import SegOutput
 from .heads import DAFormerHead
 from .layers import resize
 
 # %% ../../nbs/models/05_hrda.ipynb #10753810
 def random_boxes(
-    n:int,        # images
-    size:tuple,   # (H,W) of the images
-    crop:tuple,   # (h,w) of the detail
-    step:int=8,   # corners are multiples of it
-    parity=False, # one corner for all images, as published
-)->Tensor: # (n,4) int64 on the CPU: top, bottom, left, right
+    n: int,  # images
+    size: tuple,  # (H,W) of the images
+    crop: tuple,  # (h,w) of the detail
+    step: int = 8,  # corners are multiples of it
+    parity=False,  # one corner for all images, as published
+) -> Tensor:  # (n,4) int64 on the CPU: top, bottom, left, right
     "Where each image's detail is cut"
     k = 1 if parity else n
-    top,left = (step*torch.randint(0, max((s-c+1)//step,1), (k,)) for s,c in zip(size, crop))
-    return torch.stack([top, top+crop[0], left, left+crop[1]], 1).expand(n, 4)
+    top, left = (
+        step * torch.randint(0, max((s - c + 1) // step, 1), (k,)) for s, c in zip(size, crop)
+    )
+    return torch.stack([top, top + crop[0], left, left + crop[1]], 1).expand(n, 4)
+
 
 def crop_boxes(
-    x:Tensor,    # (B,…,H,W)
-    boxes,       # (B,4) as from `random_boxes`
-)->Tensor: # (B,…,h,w)
+    x: Tensor,  # (B,…,H,W)
+    boxes,  # (B,4) as from `random_boxes`
+) -> Tensor:  # (B,…,h,w)
     "Each image's box"
-    return torch.stack([t[...,a:b,l:r] for t,(a,b,l,r) in zip(x, boxes.tolist())])
+    return torch.stack([t[..., a:b, l:r] for t, (a, b, l, r) in zip(x, boxes.tolist())])
+
 
 def scatter_crops(
-    x:Tensor,    # (B,C,h,w)
-    boxes,       # (B,4) in cells of the result
-    size:tuple,  # (H,W) of the result
-)->Tensor: # (B,C,H,W)
+    x: Tensor,  # (B,C,h,w)
+    boxes,  # (B,4) in cells of the result
+    size: tuple,  # (H,W) of the result
+) -> Tensor:  # (B,C,H,W)
     "The opposite of `crop_boxes`: zeros elsewhere"
     whole = x.new_zeros(*x.shape[:2], *size)
-    for i,(a,b,l,r) in enumerate(boxes.tolist()): whole[i,:,a:b,l:r] = x[i]
+    for i, (a, b, l, r) in enumerate(boxes.tolist()):
+        whole[i, :, a:b, l:r] = x[i]
     return whole
 
 # %% ../../nbs/models/05_hrda.ipynb #e0a54dab
 def detail_windows(
-    size:tuple,  # (H,W), multiples of `step`
-    crop:tuple,  # (h,w), multiples of `step`
-    step:int=8,
-)->Tensor: # (n,4): top, bottom, left, right
+    size: tuple,  # (H,W), multiples of `step`
+    crop: tuple,  # (h,w), multiples of `step`
+    step: int = 8,
+) -> Tensor:  # (n,4): top, bottom, left, right
     "Where windows lie, half a window apart, row by row"
+
     def starts(n, c):
-        s = max(c//2//step,1)*step
-        return [min(i*s, n-c) for i in range(-(-(n-c)//s)+1)]
-    return torch.tensor([[y,y+crop[0],x,x+crop[1]] for y in starts(size[0],crop[0]) for x in starts(size[1],crop[1])])
+        s = max(c // 2 // step, 1) * step
+        return [min(i * s, n - c) for i in range(-(-(n - c) // s) + 1)]
+
+    return torch.tensor(
+        [
+            [y, y + crop[0], x, x + crop[1]]
+            for y in starts(size[0], crop[0])
+            for x in starts(size[1], crop[1])
+        ]
+    )
 
 # %% ../../nbs/models/05_hrda.ipynb #27725664
 class HRDA(nn.Module):
     "A segmentor that sees context and detail"
-    def __init__(self,
-        net:nn.Module,     # a `Segmentor`: image -> `SegOutput`; has `backbone` and `n_classes`
-        crop=512,          # side of the detail in pixels of the image, a multiple of `2*cell`
-        cell:int=4,        # pixels per cell of the net's logits; 8 for DeepLabV2
-        dim:int=256,       # embedding of the attention head
-        batch:int=9,       # windows per forward (times B images), when it slides
-        parity:bool=False, # one detail crop per batch, as published; default is one per image
+
+    def __init__(
+        self,
+        net: nn.Module,  # a `Segmentor`: image -> `SegOutput`; has `backbone` and `n_classes`
+        crop=512,  # side of the detail in pixels of the image, a multiple of `2*cell`
+        cell: int = 4,  # pixels per cell of the net's logits; 8 for DeepLabV2
+        dim: int = 256,  # embedding of the attention head
+        batch: int = 9,  # windows per forward (times B images), when it slides
+        parity: bool = False,  # one detail crop per batch, as published; default is one per image
     ):
         super().__init__()
-        if crop%(2*cell): raise ValueError(f'crop {crop}: the detail must be a multiple of {2*cell} pixels to fall on whole cells')
-        self.net,self.crop,self.cell,self.batch,self.parity = net,crop,cell,batch,parity
+        if crop % (2 * cell):
+            raise ValueError(
+                f'crop {crop}: the detail must be a multiple of {2 * cell} pixels to fall on whole cells'
+            )
+        self.net = net
+        self.crop = crop
+        self.cell = cell
+        self.batch = batch
+        self.parity = parity
         self.box_selector = None  # (context logits, size of the image, boxes) -> boxes
-        self.scale_attention = DAFormerHead(net.backbone.channels, net.n_classes, dim, fusion='conv1')
+        self.scale_attention = DAFormerHead(
+            net.backbone.channels, net.n_classes, dim, fusion='conv1'
+        )
 
     @property
-    def backbone(self): return self.net.backbone
+    def backbone(self):
+        return self.net.backbone
+
     @property
-    def n_classes(self): return self.net.n_classes
+    def n_classes(self):
+        return self.net.n_classes
 
-    def encode(self, img)->tuple: return self.net.encode(half_size(img)) # the context's maps
+    def encode(self, img) -> tuple:
+        return self.net.encode(half_size(img))  # the context's maps
 
-    def forward(self,
-        img:Tensor,  # (B,3,H,W) float, ImageNet-normalised
-    )->SegOutput: # logits (B,C,⌈H/cell⌉,⌈W/cell⌉); feats, fused of the context; aux: att, and in training detail, box
-        return self.forward_train(img) if self.training and torch.is_grad_enabled() else self.forward_sliding(img)
+    def forward(
+        self,
+        img: Tensor,  # (B,3,H,W) float, ImageNet-normalised
+    ) -> SegOutput:  # logits (B,C,⌈H/cell⌉,⌈W/cell⌉); feats, fused of the context; aux: att, and in training detail, box
+        return (
+            self.forward_train(img)
+            if self.training and torch.is_grad_enabled()
+            else self.forward_sliding(img)
+        )
+
 
 def half_size(
-    img:Tensor,  # (B,3,H,W)
-)->Tensor: # (B,3,H/2,W/2)
+    img: Tensor,  # (B,3,H,W)
+) -> Tensor:  # (B,3,H/2,W/2)
     "The context: bilinear, half the size"
-    return F.interpolate(img, scale_factor=.5, mode='bilinear', align_corners=False)
+    return F.interpolate(img, scale_factor=0.5, mode='bilinear', align_corners=False)
 
 # %% ../../nbs/models/05_hrda.ipynb #1a92510d
 @patch
-def context(self:HRDA,
-    img:Tensor,  # (B,3,H,W), H and W multiples of `2*cell`
-)->tuple: # `SegOutput` of the halved image, attention (B,C,h,w) in (0,1) on its grid
+def context(
+    self: HRDA,
+    img: Tensor,  # (B,3,H,W), H and W multiples of `2*cell`
+) -> tuple:  # `SegOutput` of the halved image, attention (B,C,h,w) in (0,1) on its grid
     "The whole at half size"
     out = self.net(half_size(img))
-    grid = tuple(n//(2*self.cell) for n in img.shape[-2:])
-    if out.logits.shape[-2:]!=grid: raise ValueError(f'logits of the {img.shape[-2]}x{img.shape[-1]} image are {tuple(out.logits.shape[-2:])} at half size, '
-                                                     f'not {grid}; is cell={self.cell} the stride of this network?')
-    return out,resize(self.scale_attention(out.feats)[0], grid).sigmoid()
+    grid = tuple(n // (2 * self.cell) for n in img.shape[-2:])
+    if out.logits.shape[-2:] != grid:
+        raise ValueError(
+            f'logits of the {img.shape[-2]}x{img.shape[-1]} image are {tuple(out.logits.shape[-2:])} at half size, '
+            f'not {grid}; is cell={self.cell} the stride of this network?'
+        )
+    return out, resize(self.scale_attention(out.feats)[0], grid).sigmoid()
+
 
 def blend(
-    low:Tensor,   # (B,C,h,w) context logits
-    high:Tensor,  # (B,C,2h,2w) detail logits, 0 where there are none
-    att:Tensor,   # (B,C,h,w) trust in the detail
-)->Tensor: # (B,C,2h,2w)
+    low: Tensor,  # (B,C,h,w) context logits
+    high: Tensor,  # (B,C,2h,2w) detail logits, 0 where there are none
+    att: Tensor,  # (B,C,h,w) trust in the detail
+) -> Tensor:  # (B,C,2h,2w)
     "Context where there is no trust in the detail"
     size = high.shape[-2:]
-    return resize(att, size)*high+resize((1-att)*low, size)
+    return resize(att, size) * high + resize((1 - att) * low, size)
 
 # %% ../../nbs/models/05_hrda.ipynb #6e386fc7
 @patch
-def forward_train(self:HRDA, img)->SegOutput:
+def forward_train(self: HRDA, img) -> SegOutput:
     "One random detail per image"
-    size,step = img.shape[-2:],2*self.cell
-    if any(n%step for n in size): raise ValueError(f'images of {size[0]}x{size[1]}: for training both sides must be multiples of {step}; change the crop')
-    box = random_boxes(len(img), size, tuple(min(self.crop,n) for n in size), step, self.parity)
-    low,att = self.context(img)
-    if self.box_selector is not None: box = self.box_selector(low.logits, size, box)
+    size, step = img.shape[-2:], 2 * self.cell
+    if any(n % step for n in size):
+        raise ValueError(
+            f'images of {size[0]}x{size[1]}: for training both sides must be multiples of {step}; change the crop'
+        )
+    box = random_boxes(len(img), size, tuple(min(self.crop, n) for n in size), step, self.parity)
+    low, att = self.context(img)
+    if self.box_selector is not None:
+        box = self.box_selector(low.logits, size, box)
     det = self.net(crop_boxes(img, box))
-    att = att*scatter_crops(torch.ones_like(crop_boxes(att[:,:1], box//step)), box//step, att.shape[-2:])
-    high = scatter_crops(det.logits, box//self.cell, tuple(n//self.cell for n in size))
-    return SegOutput(blend(low.logits, high, att), low.feats, low.fused, low.aux|dict(att=att, box=box, detail=det.logits, detail_fused=det.fused))
+    att = att * scatter_crops(
+        torch.ones_like(crop_boxes(att[:, :1], box // step)), box // step, att.shape[-2:]
+    )
+    high = scatter_crops(det.logits, box // self.cell, tuple(n // self.cell for n in size))
+    return SegOutput(
+        blend(low.logits, high, att),
+        low.feats,
+        low.fused,
+        low.aux | dict(att=att, box=box, detail=det.logits, detail_fused=det.fused),
+    )
 
 # %% ../../nbs/models/05_hrda.ipynb #9ac1be91
 @patch
-def forward_sliding(self:HRDA, img)->SegOutput:
+def forward_sliding(self: HRDA, img) -> SegOutput:
     "Detail everywhere, by windows"
-    (h,w),step,c = img.shape[-2:],2*self.cell,self.cell
-    img = F.pad(img, (0,-w%step,0,-h%step))
-    low,att = self.context(img)
-    win = detail_windows(img.shape[-2:], tuple(min(self.crop,n) for n in img.shape[-2:]), step).tolist()
-    high,count = (torch.zeros(*s, *(n//c for n in img.shape[-2:]), device=img.device) for s in (low.logits.shape[:2], ()))
+    (h, w), step, c = img.shape[-2:], 2 * self.cell, self.cell
+    img = F.pad(img, (0, -w % step, 0, -h % step))
+    low, att = self.context(img)
+    win = detail_windows(
+        img.shape[-2:], tuple(min(self.crop, n) for n in img.shape[-2:]), step
+    ).tolist()
+    high, count = (
+        torch.zeros(*s, *(n // c for n in img.shape[-2:]), device=img.device)
+        for s in (low.logits.shape[:2], ())
+    )
     for i in range(0, len(win), self.batch):
-        part = win[i:i+self.batch]
-        logits = self.net(torch.cat([img[...,a:b,l:r] for a,b,l,r in part])).logits
-        for (a,b,l,r),o in zip(part, logits.split(len(img))):
-            at = slice(a//c,b//c),slice(l//c,r//c)
-            high[:,:,*at] += o; count[at] += 1
-    return SegOutput(blend(low.logits, high/count, att)[...,:-(-h//c),:-(-w//c)], low.feats, low.fused, low.aux|dict(att=att))
+        part = win[i : i + self.batch]
+        logits = self.net(torch.cat([img[..., a:b, l:r] for a, b, l, r in part])).logits
+        for (a, b, l, r), o in zip(part, logits.split(len(img))):
+            at = slice(a // c, b // c), slice(l // c, r // c)
+            high[:, :, *at] += o
+            count[at] += 1
+    return SegOutput(
+        blend(low.logits, high / count, att)[..., : -(-h // c), : -(-w // c)],
+        low.feats,
+        low.fused,
+        low.aux | dict(att=att),
+    )
 
 # %% ../../nbs/models/05_hrda.ipynb #857a5e1a
 class DetailLoss(nn.Module):
     "Ask a criterion of the detail crop"
-    def __init__(self,
-        crit:nn.Module,  # `(SegOutput, Sample, Step)` -> scalar
-        w:float=.1,      # λ_d; the criterion of the fused logits gets 1-λ_d
-        name='detail',   # in the log
+
+    def __init__(
+        self,
+        crit: nn.Module,  # `(SegOutput, Sample, Step)` -> scalar
+        w: float = 0.1,  # λ_d; the criterion of the fused logits gets 1-λ_d
+        name='detail',  # in the log
     ):
         super().__init__()
-        self.crit,self.w,self.name = crit,w,name
+        self.crit = crit
+        self.w = w
+        self.name = name
 
-    def forward(self, out, x, step=None)->Tensor: # scalar
-        if 'detail' not in out.aux: raise ValueError(f"criterion '{self.name}': there is no detail in this output; is the network an HRDA in training mode?")
-        return self.crit(out._replace(logits=out.aux['detail'], fused=out.aux['detail_fused']), x.map(lambda t: crop_boxes(t, out.aux['box'])), step)
+    def forward(self, out, x, step=None) -> Tensor:  # scalar
+        if 'detail' not in out.aux:
+            raise ValueError(
+                f"criterion '{self.name}': there is no detail in this output; is the network an HRDA in training mode?"
+            )
+        return self.crit(
+            out._replace(logits=out.aux['detail'], fused=out.aux['detail_fused']),
+            x.map(lambda t: crop_boxes(t, out.aux['box'])),
+            step,
+        )
+
 
 class ContextLoss(nn.Module):
     "Ask a criterion of the context: it is shown the halved image, with the labels of the whole"
-    def __init__(self,
-        crit:nn.Module,  # such as `FeatureDistance`; its name and weight are kept
+
+    def __init__(
+        self,
+        crit: nn.Module,  # such as `FeatureDistance`; its name and weight are kept
     ):
         super().__init__()
-        self.crit,self.w,self.name = crit,crit.w,crit.name
+        self.crit = crit
+        self.w = crit.w
+        self.name = crit.name
 
-    def forward(self, out, x, step=None)->Tensor: return self.crit(out, replace(x, img=half_size(x.img)), step)
+    def forward(self, out, x, step=None) -> Tensor:
+        return self.crit(out, replace(x, img=half_size(x.img)), step)
 
 # %% ../../nbs/models/05_hrda.ipynb #3c825b08
 @patch
-def wrap_logit_loss(self:HRDA, crit:nn.Module)->list: # of criteria
+def wrap_logit_loss(self: HRDA, crit: nn.Module) -> list:  # of criteria
     "A loss of the logits: of the fused ones with weight 1-λ_d, of the detail's with λ_d; then what the wrapped network asks beside"
-    _,*more = self.net.wrap_logit_loss(crit)
-    fused,detail = copy(crit),DetailLoss(crit)
-    fused.w = crit.w*(1-detail.w)
-    return [fused,detail,*more]
+    _, *more = self.net.wrap_logit_loss(crit)
+    fused, detail = copy(crit), DetailLoss(crit)
+    fused.w = crit.w * (1 - detail.w)
+    return [fused, detail, *more]
+
 
 @patch
-def wrap_feature_loss(self:HRDA, crit:nn.Module)->nn.Module:
+def wrap_feature_loss(self: HRDA, crit: nn.Module) -> nn.Module:
     "A criterion of the encoder's features is asked of the context's"
     return ContextLoss(crit)

@@ -7,26 +7,33 @@ __all__ = ['ConvBN', 'SepConvBN', 'ChannelLinear', 'classifier', 'resize', 'dila
 
 # %% ../../nbs/models/00_layers.ipynb #592357c6
 import torch
-from torch import nn, Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 # %% ../../nbs/models/00_layers.ipynb #ec87e554
 class ConvBN(nn.Sequential):
     "Convolution, BatchNorm, ReLU; size kept"
-    def __init__(self,
-        ni:int, no:int,     # channels in and out
-        ks=1,               # kernel size, odd
+
+    def __init__(
+        self,
+        ni: int,
+        no: int,  # channels in and out
+        ks=1,  # kernel size, odd
         dilation=1,
-        groups=1,           # `ni` = depthwise
+        groups=1,  # `ni` = depthwise
     ):
         super().__init__()
-        self.conv = nn.Conv2d(ni, no, ks, padding=dilation*(ks//2), dilation=dilation, groups=groups, bias=False)
-        self.bn,self.relu = nn.BatchNorm2d(no),nn.ReLU(inplace=True)
+        self.conv = nn.Conv2d(
+            ni, no, ks, padding=dilation * (ks // 2), dilation=dilation, groups=groups, bias=False
+        )
+        self.bn, self.relu = nn.BatchNorm2d(no), nn.ReLU(inplace=True)
         nn.init.kaiming_normal_(self.conv.weight, mode='fan_out', nonlinearity='relu')
+
 
 class SepConvBN(nn.Sequential):
     "Depthwise separable: each channel looks around on its own, then a 1×1 convolution mixes them"
-    def __init__(self, ni:int, no:int, ks=3, dilation=1):
+
+    def __init__(self, ni: int, no: int, ks=3, dilation=1):
         super().__init__()
         self.depthwise_conv = ConvBN(ni, ni, ks, dilation, groups=ni)
         self.pointwise_conv = ConvBN(ni, no)
@@ -34,60 +41,101 @@ class SepConvBN(nn.Sequential):
 # %% ../../nbs/models/00_layers.ipynb #e04c07bb
 class ChannelLinear(nn.Module):
     "A linear layer over channels, at every cell"
-    def __init__(self, ni:int, no:int):
+
+    def __init__(self, ni: int, no: int):
         super().__init__()
         self.proj = nn.Linear(ni, no)
 
-    def forward(self,
-        x:Tensor,  # (B,ni,h,w)
-    )->Tensor: # (B,no,h,w)
-        return F.conv2d(x, self.proj.weight[:,:,None,None], self.proj.bias)
+    def forward(
+        self,
+        x: Tensor,  # (B,ni,h,w)
+    ) -> Tensor:  # (B,no,h,w)
+        return F.conv2d(x, self.proj.weight[:, :, None, None], self.proj.bias)
+
 
 def classifier(
-    ni:int, n_classes:int,
-    ks=1, dilation=1,       # 3×3 in DeepLabV2
-)->nn.Conv2d:
+    ni: int,
+    n_classes: int,
+    ks=1,
+    dilation=1,  # 3×3 in DeepLabV2
+) -> nn.Conv2d:
     "A convolution to class scores, started from N(0, 0.01)"
-    conv = nn.Conv2d(ni, n_classes, ks, padding=dilation*(ks//2), dilation=dilation)
-    nn.init.normal_(conv.weight, std=0.01); nn.init.zeros_(conv.bias)
+    conv = nn.Conv2d(ni, n_classes, ks, padding=dilation * (ks // 2), dilation=dilation)
+    nn.init.normal_(conv.weight, std=0.01)
+    nn.init.zeros_(conv.bias)
     return conv
+
 
 def resize(x, size):
     "(B,C,h,w) at another size, bilinear"
-    return x if x.shape[-2:]==size else F.interpolate(x, size=size, mode='bilinear', align_corners=False)
+    return (
+        x
+        if x.shape[-2:] == size
+        else F.interpolate(x, size=size, mode='bilinear', align_corners=False)
+    )
 
 # %% ../../nbs/models/00_layers.ipynb #24d8502a
 def _space_to_batch(x, d):
     "(B,C,H,W) -> (B·d²,C,⌈H/d⌉,⌈W/d⌉), channels last"
-    _,c,h,w = x.shape
-    n,m = -(-h//d),-(-w//d)
-    y = F.pad(x.permute(0,2,3,1), (0,0,0,m*d-w,0,n*d-h))
-    return y.unflatten(2, (m,d)).unflatten(1, (n,d)).permute(0,2,4,1,3,5).reshape(-1,n,m,c).permute(0,3,1,2)
+    _, c, h, w = x.shape
+    n, m = -(-h // d), -(-w // d)
+    y = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, m * d - w, 0, n * d - h))
+    return (
+        y.unflatten(2, (m, d))
+        .unflatten(1, (n, d))
+        .permute(0, 2, 4, 1, 3, 5)
+        .reshape(-1, n, m, c)
+        .permute(0, 3, 1, 2)
+    )
+
 
 def _batch_to_space(y, d, size):
     "Back, cropped to `size`"
-    _,c,n,m = y.shape
-    y = y.permute(0,2,3,1).unflatten(0, (-1,d,d)).permute(0,3,1,4,2,5).reshape(-1,n*d,m*d,c)
-    return y[:,:size[0],:size[1]].permute(0,3,1,2).contiguous(memory_format=torch.channels_last)
+    _, c, n, m = y.shape
+    y = (
+        y.permute(0, 2, 3, 1)
+        .unflatten(0, (-1, d, d))
+        .permute(0, 3, 1, 4, 2, 5)
+        .reshape(-1, n * d, m * d, c)
+    )
+    return (
+        y[:, : size[0], : size[1]].permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+    )
 
 # %% ../../nbs/models/00_layers.ipynb #39fc67c8
 class _Dilated(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, d):
-        ctx.save_for_backward(x, w); ctx.d = d
-        return _batch_to_space(F.conv2d(_space_to_batch(x,d), w, padding=1, groups=len(w)), d, x.shape[-2:])
+        ctx.save_for_backward(x, w)
+        ctx.d = d
+        return _batch_to_space(
+            F.conv2d(_space_to_batch(x, d), w, padding=1, groups=len(w)), d, x.shape[-2:]
+        )
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        (x,w),d,two = ctx.saved_tensors,ctx.d,lambda n: (n,n)
-        gx,gw,_ = torch.ops.aten.convolution_backward(_space_to_batch(g,d), _space_to_batch(x,d), w, None, two(1), two(1), two(1), False, two(0), len(w), (True,True,False))
-        return _batch_to_space(gx, d, x.shape[-2:]),gw,None
+        (x, w), d, two = ctx.saved_tensors, ctx.d, lambda n: (n, n)
+        gx, gw, _ = torch.ops.aten.convolution_backward(
+            _space_to_batch(g, d),
+            _space_to_batch(x, d),
+            w,
+            None,
+            two(1),
+            two(1),
+            two(1),
+            False,
+            two(0),
+            len(w),
+            (True, True, False),
+        )
+        return _batch_to_space(gx, d, x.shape[-2:]), gw, None
+
 
 def dilated_depthwise_conv(
-    x:Tensor, # (B,C,H,W)
-    w:Tensor, # (C,1,3,3)
-    d:int,    # dilation
-)->Tensor: # (B,C,H,W)
+    x: Tensor,  # (B,C,H,W)
+    w: Tensor,  # (C,1,3,3)
+    d: int,  # dilation
+) -> Tensor:  # (B,C,H,W)
     "Depthwise 3×3 convolution of dilation `d`, as plain ones"
     return _Dilated.apply(x, w, d)

@@ -8,121 +8,226 @@ __all__ = ['PUBLISHED', 'published_keys', 'to_published', 'from_published', 'ide
 
 # %% ../../nbs/models/06_released.ipynb #0f5a0b8d
 import re
+
 import torch
 from torch import nn
-from ..core.state_dicts import compare_state_dicts, format_key_diff, load_state_dict_file, select_network
+
+from udanb.core.state_dicts import (
+    compare_state_dicts,
+    format_key_diff,
+    load_state_dict_file,
+    select_network,
+)
 from ..core.utils import resolve
 
 # %% ../../nbs/models/06_released.ipynb #6a8a4d89
-PUBLISHED = (   # ours -> published; each line is tried on each name, in this order
-    (r'^net\.head\.', 'decode_head.head.'),                      # HRDA wraps a segmentor as `net`, but wraps only its head there
+PUBLISHED = (  # ours -> published; each line is tried on each name, in this order
+    (
+        r'^net\.head\.',
+        'decode_head.head.',
+    ),  # HRDA wraps a segmentor as `net`, but wraps only its head there
     (r'^net\.backbone\.', 'backbone.'),
     (r'^scale_attention\.', 'decode_head.scale_attention.'),
     (r'^(backbone\.|)body\.(net\.)?', r'\1'),
-    (r'^(backbone\.|)conv1\.(\d)\.', r'\1stem.\2.'),   # ResNet v1c
-    (r'^head\.aux\.', 'auxiliary_head.'),                      # UPerNet's second head
-    (r'^head\.', 'decode_head.'))
+    (r'^(backbone\.|)conv1\.(\d)\.', r'\1stem.\2.'),  # ResNet v1c
+    (r'^head\.aux\.', 'auxiliary_head.'),  # UPerNet's second head
+    (r'^head\.', 'decode_head.'),
+)
+
 
 def published_keys(
-    net:nn.Module,  # a `Segmentor`, a wrapper of one, or a `Backbone`
-)->dict: # our name -> published name
+    net: nn.Module,  # a `Segmentor`, a wrapper of one, or a `Backbone`
+) -> dict:  # our name -> published name
     "What each tensor of `net.state_dict()` is called in the checkpoints of the DAFormer family"
     names = {k: k for k in net.state_dict()}
-    for pattern,new in PUBLISHED: names = {k: re.sub(pattern, new, n) for k,n in names.items()}
-    v1c = {n.rsplit('stem.',1)[0] for n in names.values() if 'stem.6.' in n}          # there, the stem's last norm is counted with it
-    return {k: n.replace('bn1.', 'stem.7.', 1) if any(n.startswith(f'{p}bn1.') for p in v1c) else n for k,n in names.items()}
+    for pattern, new in PUBLISHED:
+        names = {k: re.sub(pattern, new, n) for k, n in names.items()}
+    v1c = {
+        n.rsplit('stem.', 1)[0] for n in names.values() if 'stem.6.' in n
+    }  # there, the stem's last norm is counted with it
+    return {
+        k: n.replace('bn1.', 'stem.7.', 1) if any(n.startswith(f'{p}bn1.') for p in v1c) else n
+        for k, n in names.items()
+    }
+
 
 def to_published(
-    net:nn.Module,  # a `Segmentor`
-)->dict: # published name -> tensor
+    net: nn.Module,  # a `Segmentor`
+) -> dict:  # published name -> tensor
     "The weights under their published names"
     state = net.state_dict()
-    return {new: state[old] for old,new in published_keys(net).items()}
+    return {new: state[old] for old, new in published_keys(net).items()}
+
 
 def from_published(
-    net:nn.Module,  # the `Segmentor` that will be filled
-    state:dict,     # published name -> tensor
-)->dict: # our name -> tensor; a name that `net` has no place for stays as it is
+    net: nn.Module,  # the `Segmentor` that will be filled
+    state: dict,  # published name -> tensor
+) -> dict:  # our name -> tensor; a name that `net` has no place for stays as it is
     "Published weights under our names, for `load_strict`"
-    ours = {new: old for old,new in published_keys(net).items()}
-    return {ours.get(k, k): v for k,v in state.items()}
+    ours = {new: old for old, new in published_keys(net).items()}
+    return {ours.get(k, k): v for k, v in state.items()}
 
 # %% ../../nbs/models/06_released.ipynb #3162b91b
-_MITS = {(32,(2,2,2,2)):'mit_b0', (64,(2,2,2,2)):'mit_b1', (64,(3,4,6,3)):'mit_b2', (64,(3,4,18,3)):'mit_b3', (64,(3,8,27,3)):'mit_b4',
-         (64,(3,6,40,3)):'mit_b5'}
-_HEADS = (('decode_head.linear_fuse.','segformer'),
-          ('decode_head.psp_modules.','upernet'), ('decode_head.fuse_layer.aspp_modules.1.depthwise_conv.','daformer'),
-          ('decode_head.fuse_layer.aspp_modules.','daformer_aspp'), ('decode_head.fuse_layer.conv.','daformer_conv1'),
-          ('decode_head.bottleneck.','dlv2_adapter'), ('decode_head.aspp_modules.','dlv2'))
-_LAST = 'conv_seg.weight','linear_pred.weight','aspp_modules.0.conv.weight'
+_MITS = {
+    (32, (2, 2, 2, 2)): 'mit_b0',
+    (64, (2, 2, 2, 2)): 'mit_b1',
+    (64, (3, 4, 6, 3)): 'mit_b2',
+    (64, (3, 4, 18, 3)): 'mit_b3',
+    (64, (3, 8, 27, 3)): 'mit_b4',
+    (64, (3, 6, 40, 3)): 'mit_b5',
+}
+_HEADS = (
+    ('decode_head.linear_fuse.', 'segformer'),
+    ('decode_head.psp_modules.', 'upernet'),
+    ('decode_head.fuse_layer.aspp_modules.1.depthwise_conv.', 'daformer'),
+    ('decode_head.fuse_layer.aspp_modules.', 'daformer_aspp'),
+    ('decode_head.fuse_layer.conv.', 'daformer_conv1'),
+    ('decode_head.bottleneck.', 'dlv2_adapter'),
+    ('decode_head.aspp_modules.', 'dlv2'),
+)
+_LAST = 'conv_seg.weight', 'linear_pred.weight', 'aspp_modules.0.conv.weight'
+
 
 def identify_architecture(
-    state:dict, # of one network, in published names
-)->dict: # what is recognised of backbone, head, n_classes, dim, ch, hrda (the attention's `dim`); {} if nothing is
+    state: dict,  # of one network, in published names
+) -> dict:  # what is recognised of backbone, head, n_classes, dim, ch, hrda (the attention's `dim`); {} if nothing is
     "What one would have to build for these tensors"
     names = [re.sub(r'^decode_head\.head\.', 'decode_head.', k) for k in state]
     state = dict(zip(names, state.values()))
-    depth = lambda stage: 1+max((int(m[1]) for k in names if (m := re.match(rf'(?:backbone\.)?{stage}\.(\d+)\.', k))), default=-1)
-    d,out = tuple(depth(f'block{i}') for i in range(1,5)),{}
-    first = next((v for k,v in state.items() if re.fullmatch(r'(backbone\.)?patch_embed1\.proj\.weight', k)), None)
-    if first is not None: out['backbone'] = _MITS.get((len(first), d))
-    elif any(re.match(r'(backbone\.)?stem\.0\.weight', k) for k in names): out['backbone'] = {6:'resnet50_os8', 23:'resnet101_os8'}.get(depth('layer3'))
-    out['head'] = next((h for p,h in _HEADS if any(k.startswith(p) for k in names)), None)
-    last = next((state[f'decode_head.{k}'] for k in reversed(_LAST) if f'decode_head.{k}' in state and (k!=_LAST[2] or out['head']=='dlv2')), None)
-    if last is not None: out |= dict(n_classes=len(last), ch=None if out['head']=='dlv2' else last.shape[1])
-    embed = next((v for k,v in state.items() if re.fullmatch(r'decode_head\.(embed_layers\.0|linear_c\.0|linear_c1)\.proj\.weight', k)), None)
-    if embed is not None: out['dim'] = len(embed)
+
+    def depth(stage):
+        return 1 + max(
+            (int(m[1]) for k in names if (m := re.match(rf'(?:backbone\.)?{stage}\.(\d+)\.', k))),
+            default=-1,
+        )
+
+    d, out = tuple(depth(f'block{i}') for i in range(1, 5)), {}
+    first = next(
+        (
+            v
+            for k, v in state.items()
+            if re.fullmatch(r'(backbone\.)?patch_embed1\.proj\.weight', k)
+        ),
+        None,
+    )
+    if first is not None:
+        out['backbone'] = _MITS.get((len(first), d))
+    elif any(re.match(r'(backbone\.)?stem\.0\.weight', k) for k in names):
+        out['backbone'] = {6: 'resnet50_os8', 23: 'resnet101_os8'}.get(depth('layer3'))
+    out['head'] = next((h for p, h in _HEADS if any(k.startswith(p) for k in names)), None)
+    last = next(
+        (
+            state[f'decode_head.{k}']
+            for k in reversed(_LAST)
+            if f'decode_head.{k}' in state and (k != _LAST[2] or out['head'] == 'dlv2')
+        ),
+        None,
+    )
+    if last is not None:
+        out |= dict(n_classes=len(last), ch=None if out['head'] == 'dlv2' else last.shape[1])
+    embed = next(
+        (
+            v
+            for k, v in state.items()
+            if re.fullmatch(
+                r'decode_head\.(embed_layers\.0|linear_c\.0|linear_c1)\.proj\.weight', k
+            )
+        ),
+        None,
+    )
+    if embed is not None:
+        out['dim'] = len(embed)
     att = state.get('decode_head.scale_attention.embed_layers.0.proj.weight')
-    if att is not None: out['hrda'] = len(att)
-    return {k: v for k,v in out.items() if v is not None}
+    if att is not None:
+        out['hrda'] = len(att)
+    return {k: v for k, v in out.items() if v is not None}
 
 # %% ../../nbs/models/06_released.ipynb #ac0d8edf
-_UNUSED = (r'(head|fc)\.(weight|bias)', 'patch_embed1.proj.weight'), (r'fc\.(weight|bias)', 'stem.0.weight'), (
-    r'(decode_head\.)(head\.|scale_attention\.)?conv_seg\.(weight|bias)', 'decode_head.linear_pred.weight')
+_UNUSED = (
+    (r'(head|fc)\.(weight|bias)', 'patch_embed1.proj.weight'),
+    (r'fc\.(weight|bias)', 'stem.0.weight'),
+    (
+        r'(decode_head\.)(head\.|scale_attention\.)?conv_seg\.(weight|bias)',
+        'decode_head.linear_pred.weight',
+    ),
+)
+
 
 def normalize_names(
-    state:dict, # of one network, in published names
-)->tuple: # the same in DAFormer's names, list of the names left out
+    state: dict,  # of one network, in published names
+) -> tuple:  # the same in DAFormer's names, list of the names left out
     "One spelling for all, without what no network uses"
-    out,first = {},'decode_head.linear_c1.proj.weight'
-    drop = [k for k in state for pattern,because in _UNUSED if because in state and re.fullmatch(pattern, k)]
-    for k,v in state.items():
-        if k in drop: continue
+    out, first = {}, 'decode_head.linear_c1.proj.weight'
+    drop = [
+        k
+        for k in state
+        for pattern, because in _UNUSED
+        if because in state and re.fullmatch(pattern, k)
+    ]
+    for k, v in state.items():
+        if k in drop:
+            continue
         if first in state:
-            if k=='decode_head.linear_fuse.conv.weight': v = torch.cat(v.split(len(state[first]), 1)[::-1], 1)
-            k = re.sub(r'^decode_head\.linear_c(\d)\.', lambda m: f'decode_head.linear_c.{int(m[1])-1}.', k)
+            if k == 'decode_head.linear_fuse.conv.weight':
+                v = torch.cat(v.split(len(state[first]), 1)[::-1], 1)
+            k = re.sub(
+                r'^decode_head\.linear_c(\d)\.',
+                lambda m: f'decode_head.linear_c.{int(m[1]) - 1}.',
+                k,
+            )
         out[k] = v
-    return out,drop
+    return out, drop
 
 # %% ../../nbs/models/06_released.ipynb #86ba0396
 def _call(kind):
     "A dictionary of `identify_architecture` as the code that would build it"
-    args = [repr(kind.get('backbone', '…')), str(kind.get('n_classes', '…')), repr(kind.get('head', '…'))]+[f'{k}={kind[k]}' for k in ('dim','ch') if k in kind]
+    args = [
+        repr(kind.get('backbone', '…')),
+        str(kind.get('n_classes', '…')),
+        repr(kind.get('head', '…')),
+    ] + [f'{k}={kind[k]}' for k in ('dim', 'ch') if k in kind]
     net = f"create_segmentor({', '.join(args)})"
     return f"HRDA({net}, dim={kind['hrda']})" if 'hrda' in kind else net
+
 
 def _remedy(state, net, path):
     "What to do with a file that does not fit"
     whole = any(k.startswith('decode_head.') for k in state)
-    if whole and not hasattr(net, 'backbone'): return 'The file holds a whole segmentor, not an encoder: load it into a segmentor and take its `backbone`.'
+    if whole and not hasattr(net, 'backbone'):
+        return 'The file holds a whole segmentor, not an encoder: load it into a segmentor and take its `backbone`.'
     kind = identify_architecture(state)
     if not whole and hasattr(net, 'backbone') and 'backbone' in kind:
         return f"The file holds only an encoder: create_segmentor('{kind['backbone']}', weights='{path}'), or load it into `net.backbone`."
-    if not kind: return 'Nothing in it is recognised; is it a file of DAFormer, HRDA, MIC, DIDA, DDB or SegFormer?'
+    if not kind:
+        return 'Nothing in it is recognised; is it a file of DAFormer, HRDA, MIC, DIDA, DDB or SegFormer?'
     return f'The file looks like {_call(kind)}; build that.'
 
 # %% ../../nbs/models/06_released.ipynb #d207413e
 def load_published(
-    net:nn.Module,   # a `Segmentor`, an HRDA wrapper, or a `Backbone` (for an encoder file): gets the weights
-    path,            # a weight file with published names; relative to the project
-    which='student', # which network of the file, a key of `NETWORK_PREFIXES`
-)->dict: # path, which, tensors (how many), ignored (names), classes (names, or None)
+    net: nn.Module,  # a `Segmentor`, an HRDA wrapper, or a `Backbone` (for an encoder file): gets the weights
+    path,  # a weight file with published names; relative to the project
+    which='student',  # which network of the file, a key of `NETWORK_PREFIXES`
+) -> dict:  # path, which, tensors (how many), ignored (names), classes (names, or None)
     "Load every tensor or none; what does not fit raises `ValueError` that lists it and names a remedy"
     path = resolve(path)
-    state,meta = load_state_dict_file(path)
-    state,ignored = normalize_names(select_network(state, which, path))
-    own,names = net.state_dict(),published_keys(net)
-    if diff := compare_state_dicts({n: own[k] for k,n in names.items()}, state):
-        raise ValueError('\n  '.join([f'{path} does not fit the network; nothing was loaded.', *format_key_diff(diff), _remedy(state, net, path)]))
-    net.load_state_dict({k: state[n] for k,n in names.items()})
-    return dict(path=str(path), which=which, tensors=len(names), ignored=ignored, classes=meta.get('CLASSES'))
+    state, meta = load_state_dict_file(path)
+    state, ignored = normalize_names(select_network(state, which, path))
+    own, names = net.state_dict(), published_keys(net)
+    if diff := compare_state_dicts({n: own[k] for k, n in names.items()}, state):
+        raise ValueError(
+            '\n  '.join(
+                [
+                    f'{path} does not fit the network; nothing was loaded.',
+                    *format_key_diff(diff),
+                    _remedy(state, net, path),
+                ]
+            )
+        )
+    net.load_state_dict({k: state[n] for k, n in names.items()})
+    return dict(
+        path=str(path),
+        which=which,
+        tensors=len(names),
+        ignored=ignored,
+        classes=meta.get('CLASSES'),
+    )

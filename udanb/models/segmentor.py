@@ -6,79 +6,103 @@
 __all__ = ['NORMS', 'AuxiliaryLoss', 'Segmentor', 'create_segmentor', 'param_groups']
 
 # %% ../../nbs/models/04_segmentor.ipynb #9a622c61
-from torch import nn, Tensor
+from torch import Tensor, nn
+
 from ..core.types import SegOutput
 from ..core.utils import lookup
-from .backbones import Backbone, create_backbone as make_backbone, layer_ids
+from .backbones import Backbone, layer_ids
+from .backbones import create_backbone as make_backbone
 from .heads import HEADS
 
 # %% ../../nbs/models/04_segmentor.ipynb #f985105e
 class AuxiliaryLoss(nn.Module):
     "Ask a criterion of `out.aux[key]`; a network that gives none raises `ValueError`"
-    def __init__(self,
-        key:str,         # of `SegOutput.aux`
-        crit:nn.Module,  # `(SegOutput, Sample, Step)` -> scalar
-        w:float=.4,      # weight of this criterion, UPerNet's in mmsegmentation
+
+    def __init__(
+        self,
+        key: str,  # of `SegOutput.aux`
+        crit: nn.Module,  # `(SegOutput, Sample, Step)` -> scalar
+        w: float = 0.4,  # weight of this criterion, UPerNet's in mmsegmentation
     ):
         super().__init__()
-        self.crit,self.key,self.w,self.name = crit,key,w,key
+        self.crit = crit
+        self.key = key
+        self.w = w
+        self.name = key
 
-    def forward(self, out, x, step=None)->Tensor: # scalar
-        if self.key not in out.aux: raise ValueError(f"criterion '{self.name}': the network gives no '{self.key}' (it gives {', '.join(out.aux) or 'nothing'} "
-                                                     f"beside its logits); use a head that does, such as 'upernet', in training mode")
+    def forward(self, out, x, step=None) -> Tensor:  # scalar
+        if self.key not in out.aux:
+            raise ValueError(
+                f"criterion '{self.name}': the network gives no '{self.key}' (it gives {', '.join(out.aux) or 'nothing'} "
+                f"beside its logits); use a head that does, such as 'upernet', in training mode"
+            )
         return self.crit(out._replace(logits=out.aux[self.key]), x, step)
 
 # %% ../../nbs/models/04_segmentor.ipynb #a57f3f27
 class Segmentor(nn.Module):
     "An encoder and a head"
-    def __init__(self,
-        backbone:Backbone,  # image -> four maps
-        head:nn.Module,     # maps -> (logits, fused), or (logits, fused, dict of extras); has `.n_classes`
-        freeze_bn=False,    # the encoder's BatchNorms keep their running statistics, in training too
+
+    def __init__(
+        self,
+        backbone: Backbone,  # image -> four maps
+        head: nn.Module,  # maps -> (logits, fused), or (logits, fused, dict of extras); has `.n_classes`
+        freeze_bn=False,  # the encoder's BatchNorms keep their running statistics, in training too
     ):
         super().__init__()
-        self.backbone,self.head,self.freeze_bn = backbone,head,freeze_bn
+        self.backbone = backbone
+        self.head = head
+        self.freeze_bn = freeze_bn
 
     def train(self, mode=True):
         super().train(mode)
         for m in self.backbone.modules() if self.freeze_bn else ():
-            if isinstance(m, nn.modules.batchnorm._BatchNorm): m.eval()
+            if isinstance(m, nn.modules.batchnorm._BatchNorm):
+                m.eval()
         return self
 
     @property
-    def n_classes(self): return self.head.n_classes
+    def n_classes(self):
+        return self.head.n_classes
 
-    def encode(self,
-        img:Tensor,  # (B,3,H,W) float, ImageNet-normalised
-    )->tuple: # four maps at strides 4, 8, 16, 32
+    def encode(
+        self,
+        img: Tensor,  # (B,3,H,W) float, ImageNet-normalised
+    ) -> tuple:  # four maps at strides 4, 8, 16, 32
         return self.backbone(img)
 
-    def forward(self,
-        img:Tensor,  # (B,3,H,W) float, ImageNet-normalised
-    )->SegOutput: # logits (B,n_classes,h,w), at stride 4 for most heads, feats, fused, and what else the head gives in `aux`
+    def forward(
+        self,
+        img: Tensor,  # (B,3,H,W) float, ImageNet-normalised
+    ) -> SegOutput:  # logits (B,n_classes,h,w), at stride 4 for most heads, feats, fused, and what else the head gives in `aux`
         feats = self.encode(img)
-        logits,fused,*aux = self.head(feats)
+        logits, fused, *aux = self.head(feats)
         return SegOutput(logits, feats, fused, *aux)
 
-    def wrap_logit_loss(self,
-        crit:nn.Module, # `(SegOutput, Sample, Step)` -> scalar, of the logits
-    )->list: # of criteria
+    def wrap_logit_loss(
+        self,
+        crit: nn.Module,  # `(SegOutput, Sample, Step)` -> scalar, of the logits
+    ) -> list:  # of criteria
         "How a loss of the logits is put to this network: a head with an auxiliary classifier answers through that one, too"
-        return [crit] if getattr(self.head, 'aux', None) is None else [crit, AuxiliaryLoss('fcn', crit)]
+        return (
+            [crit]
+            if getattr(self.head, 'aux', None) is None
+            else [crit, AuxiliaryLoss('fcn', crit)]
+        )
 
-    def wrap_feature_loss(self, crit:nn.Module)->nn.Module: return crit # the same for a loss of the encoder's maps
+    def wrap_feature_loss(self, crit: nn.Module) -> nn.Module:
+        return crit  # the same for a loss of the encoder's maps
 
 # %% ../../nbs/models/04_segmentor.ipynb #6e921c84
 def create_segmentor(
     backbone='mit_b5',  # name of an encoder, see `udanb.models.backbones`
     n_classes=19,
-    head='daformer',    # name of a head, see `udanb.models.heads`
-    weights=None,       # of the encoder: None = random, 'imagenet', or a path
-    dim=None,           # the head's embedding of each map; None = the head's usual, 256 for DAFormer's
-    ch=None,            # the head's fusion channels; None = `dim`
-    drop_path=None,     # stochastic depth; None = the encoder's usual
-    freeze_bn=False,    # see `Segmentor`
-)->Segmentor:
+    head='daformer',  # name of a head, see `udanb.models.heads`
+    weights=None,  # of the encoder: None = random, 'imagenet', or a path
+    dim=None,  # the head's embedding of each map; None = the head's usual, 256 for DAFormer's
+    ch=None,  # the head's fusion channels; None = `dim`
+    drop_path=None,  # stochastic depth; None = the encoder's usual
+    freeze_bn=False,  # see `Segmentor`
+) -> Segmentor:
     "Make a network by names; an unknown one raises `ValueError` with the nearest"
     new_head = lookup(head, HEADS, 'head')
     enc = make_backbone(backbone, weights, drop_path)
@@ -87,22 +111,33 @@ def create_segmentor(
 # %% ../../nbs/models/04_segmentor.ipynb #cd3dbfcd
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 
+
 def param_groups(
-    net:nn.Module,    # with an encoder called `backbone`; everything else counts as head
-    lr=6e-5,          # of the encoder
-    head_mult=10.,    # the head's learning rate is `lr*head_mult`
-    wd=0.01,          # weight decay
-    layer_decay=None, # factor of the learning rate from each layer of the encoder to the one below it; None = all alike
-)->list: # of dicts for `torch.optim.AdamW`: encoder, encoder norms, head; with `layer_decay` the first two per depth
+    net: nn.Module,  # with an encoder called `backbone`; everything else counts as head
+    lr=6e-5,  # of the encoder
+    head_mult=10.0,  # the head's learning rate is `lr*head_mult`
+    wd=0.01,  # weight decay
+    layer_decay=None,  # factor of the learning rate from each layer of the encoder to the one below it; None = all alike
+) -> list:  # of dicts for `torch.optim.AdamW`: encoder, encoder norms, head; with `layer_decay` the first two per depth
     "Parameters by learning rate and weight decay; frozen ones are left out"
-    enc = {id(p): k for k,p in net.backbone.named_parameters()}
-    norm = {id(p) for m in net.backbone.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
-    depth,n = ({},0) if layer_decay is None else layer_ids(net.backbone)
-    rows,groups = [('encoder',1.,wd), ('encoder_norm',1.,0.)],{}
-    if depth: rows = [(f'{k}_{d}', layer_decay**(n-d), w) for d in range(n+1) for k,_,w in rows]
-    for k,mult,w in [*rows, ('head',head_mult,wd)]: groups[k] = dict(params=[], lr=lr*mult, weight_decay=w, name=k)
+    enc = {id(p): k for k, p in net.backbone.named_parameters()}
+    norm = {
+        id(p)
+        for m in net.backbone.modules()
+        if isinstance(m, NORMS)
+        for p in m.parameters(recurse=False)
+    }
+    depth, n = ({}, 0) if layer_decay is None else layer_ids(net.backbone)
+    rows, groups = [('encoder', 1.0, wd), ('encoder_norm', 1.0, 0.0)], {}
+    if depth:
+        rows = [(f'{k}_{d}', layer_decay ** (n - d), w) for d in range(n + 1) for k, _, w in rows]
+    for k, mult, w in [*rows, ('head', head_mult, wd)]:
+        groups[k] = dict(params=[], lr=lr * mult, weight_decay=w, name=k)
     for p in net.parameters():
-        if not p.requires_grad: continue
+        if not p.requires_grad:
+            continue
         name = 'head' if id(p) not in enc else 'encoder_norm' if id(p) in norm else 'encoder'
-        groups[f'{name}_{depth[enc[id(p)]]}' if depth and id(p) in enc else name]['params'].append(p)
+        groups[f'{name}_{depth[enc[id(p)]]}' if depth and id(p) in enc else name]['params'].append(
+            p
+        )
     return [g for g in groups.values() if g['params']]

@@ -9,110 +9,204 @@ __all__ = ['TIMM_ENCODERS', 'FeaturePyramid', 'TimmSpec', 'TimmEncoder', 'conver
 import re
 import sys
 from dataclasses import dataclass, field
+
 import timm
 from timm.layers import LayerNorm2d, resize_rel_pos_bias_table_simple
 from timm.models import beit as timm_beit
-from torch import nn, Tensor
+from torch import Tensor, nn
+
 from ..core.utils import lookup
 
 # %% ../../nbs/models/01_timm_encoders.ipynb #2e85ed8c
 class FeaturePyramid(nn.Module):
     "Four maps of one stride become maps at 4×, 2×, 1× and ½× its resolution"
-    def __init__(self,
-        dim:int, # channels of each map, in and out
+
+    def __init__(
+        self,
+        dim: int,  # channels of each map, in and out
     ):
         super().__init__()
-        up = lambda: nn.ConvTranspose2d(dim, dim, 2, stride=2)
-        self.scales = nn.ModuleList([nn.Sequential(up(), nn.BatchNorm2d(dim), nn.GELU(), up()), up(), nn.Identity(),
-                                     nn.MaxPool2d(2, ceil_mode=True)])
 
-    def forward(self,
-        maps, # four (B,dim,h,w)
-    )->list: # (B,dim,4h,4w), (B,dim,2h,2w), (B,dim,h,w), (B,dim,⌈h/2⌉,⌈w/2⌉)
-        return [s(m) for s,m in zip(self.scales, maps)]
+        def up():
+            return nn.ConvTranspose2d(dim, dim, 2, stride=2)
+
+        self.scales = nn.ModuleList(
+            [
+                nn.Sequential(up(), nn.BatchNorm2d(dim), nn.GELU(), up()),
+                up(),
+                nn.Identity(),
+                nn.MaxPool2d(2, ceil_mode=True),
+            ]
+        )
+
+    def forward(
+        self,
+        maps,  # four (B,dim,h,w)
+    ) -> list:  # (B,dim,4h,4w), (B,dim,2h,2w), (B,dim,h,w), (B,dim,⌈h/2⌉,⌈w/2⌉)
+        return [s(m) for s, m in zip(self.scales, maps)]
 
 # %% ../../nbs/models/01_timm_encoders.ipynb #b5842657
 class _Bias(timm_beit.Attention):
     "BEiT's attention, its table of position biases interpolated to the grid of the image"
-    grid = None   # (h,w) patches; `TimmEncoder.forward` sets it
+
+    grid = None  # (h,w) patches; `TimmEncoder.forward` sets it
+
     def _get_rel_pos_bias(self):
-        h,w = self.grid or self.window_size
+        h, w = self.grid or self.window_size
         table = self.relative_position_bias_table
-        if (h,w)==tuple(self.window_size): return super()._get_rel_pos_bias()
-        table = resize_rel_pos_bias_table_simple(table, (h,w), ((2*h-1)*(2*w-1)+3, table.shape[1]))
-        index = timm_beit.gen_relative_position_index((h,w), device=table.device)
-        return table[index].permute(2,0,1)[None]
+        if (h, w) == tuple(self.window_size):
+            return super()._get_rel_pos_bias()
+        table = resize_rel_pos_bias_table_simple(
+            table, (h, w), ((2 * h - 1) * (2 * w - 1) + 3, table.shape[1])
+        )
+        index = timm_beit.gen_relative_position_index((h, w), device=table.device)
+        return table[index].permute(2, 0, 1)[None]
 
 # %% ../../nbs/models/01_timm_encoders.ipynb #77c492d5
 @dataclass(frozen=True)
 class TimmSpec:
     "An encoder of timm, and how it is built for segmentation"
-    timm:str               # timm's name with the default weights' tag
-    drop:float = 0.1       # stochastic depth of the last block
-    pad:int = 16           # images are padded to multiples of this; the maps are cropped back
-    norm:bool = True       # a LayerNorm per map
-    kw:dict = field(default_factory=dict)  # for `timm.create_model`
+
+    timm: str  # timm's name with the default weights' tag
+    drop: float = 0.1  # stochastic depth of the last block
+    pad: int = 16  # images are padded to multiples of this; the maps are cropped back
+    norm: bool = True  # a LayerNorm per map
+    kw: dict = field(default_factory=dict)  # for `timm.create_model`
 
 # %% ../../nbs/models/01_timm_encoders.ipynb #ad7c148e
-_swin = lambda name,drop: TimmSpec(f'swin_{name}', drop, 4, kw=dict(strict_img_size=False, always_partition=True))
-_conv = lambda name,drop,**kw: TimmSpec(name, drop, 32, kw=kw)
-_vit = lambda name,**kw: TimmSpec(name, kw=dict(dynamic_img_size=True) | kw)
-_beit = lambda size: TimmSpec(f'beit_{size}_patch16_224.in22k_ft_in22k', kw=dict(img_size=512))
-_res = lambda n,**kw: TimmSpec(f'resnet{n}c.gluon_in1k', 0., 1, norm=False, kw=kw)
+def _swin(name, drop):
+    return TimmSpec(f'swin_{name}', drop, 4, kw=dict(strict_img_size=False, always_partition=True))
+
+
+def _conv(name, drop, **kw):
+    return TimmSpec(name, drop, 32, kw=kw)
+
+
+def _vit(name, **kw):
+    return TimmSpec(name, kw=dict(dynamic_img_size=True) | kw)
+
+
+def _beit(size):
+    return TimmSpec(f'beit_{size}_patch16_224.in22k_ft_in22k', kw=dict(img_size=512))
+
+
+def _res(n, **kw):
+    return TimmSpec(f'resnet{n}c.gluon_in1k', 0.0, 1, norm=False, kw=kw)
+
 
 TIMM_ENCODERS = dict(
-    swin_t=_swin('tiny_patch4_window7_224.ms_in1k', .3), swin_s=_swin('small_patch4_window7_224.ms_in1k', .2),
-    swin_b=_swin('base_patch4_window7_224.ms_in22k', .3), swin_l=_swin('large_patch4_window7_224.ms_in22k', .2),
-    **{f'convnext_{k}': _conv(f'convnext_{n}.fb_in22k', d, ls_init_value=1.) for k,n,d in
-       (('s','small',.3), ('b','base',.4), ('l','large',.4), ('xl','xlarge',.4))},
-    **{f'convnextv2_{k}': _conv(f'convnextv2_{n}.{t}', .4) for k,n,t in
-       (('t','tiny','fcmae_ft_in22k_in1k'), ('b','base','fcmae_ft_in22k_in1k'), ('l','large','fcmae_ft_in22k_in1k'), ('h','huge','fcmae_ft_in1k'))},
-    beit_b=_beit('base'), beit_l=_beit('large'), mae_b=_vit('vit_base_patch16_224.mae'),
-    **{f'dinov2_{n[0]}': _vit(f'vit_{n}_patch14_dinov2.lvd142m', patch_size=16, img_size=592) for n in ('small','base','large')},
-    **{f'dinov3_{n[0]}': _vit(f'vit_{n}_patch16_dinov3.lvd1689m') for n in ('small','base','large')},
+    swin_t=_swin('tiny_patch4_window7_224.ms_in1k', 0.3),
+    swin_s=_swin('small_patch4_window7_224.ms_in1k', 0.2),
+    swin_b=_swin('base_patch4_window7_224.ms_in22k', 0.3),
+    swin_l=_swin('large_patch4_window7_224.ms_in22k', 0.2),
+    **{
+        f'convnext_{k}': _conv(f'convnext_{n}.fb_in22k', d, ls_init_value=1.0)
+        for k, n, d in (
+            ('s', 'small', 0.3),
+            ('b', 'base', 0.4),
+            ('l', 'large', 0.4),
+            ('xl', 'xlarge', 0.4),
+        )
+    },
+    **{
+        f'convnextv2_{k}': _conv(f'convnextv2_{n}.{t}', 0.4)
+        for k, n, t in (
+            ('t', 'tiny', 'fcmae_ft_in22k_in1k'),
+            ('b', 'base', 'fcmae_ft_in22k_in1k'),
+            ('l', 'large', 'fcmae_ft_in22k_in1k'),
+            ('h', 'huge', 'fcmae_ft_in1k'),
+        )
+    },
+    beit_b=_beit('base'),
+    beit_l=_beit('large'),
+    mae_b=_vit('vit_base_patch16_224.mae'),
+    **{
+        f'dinov2_{n[0]}': _vit(f'vit_{n}_patch14_dinov2.lvd142m', patch_size=16, img_size=592)
+        for n in ('small', 'base', 'large')
+    },
+    **{
+        f'dinov3_{n[0]}': _vit(f'vit_{n}_patch16_dinov3.lvd1689m')
+        for n in ('small', 'base', 'large')
+    },
     eva02_s=_vit('eva02_small_patch14_336.mim_in22k_ft_in1k', patch_size=16, img_size=384),
-    **{f'eva02_{n[0]}': _vit(f'eva02_{n}_patch14_448.mim_in22k_ft_in22k_in1k', patch_size=16, img_size=512) for n in ('base','large')},
-    resnet50=_res(50), resnet101=_res(101), resnet50_os8=_res(50, output_stride=8), resnet101_os8=_res(101, output_stride=8))
+    **{
+        f'eva02_{n[0]}': _vit(
+            f'eva02_{n}_patch14_448.mim_in22k_ft_in22k_in1k', patch_size=16, img_size=512
+        )
+        for n in ('base', 'large')
+    },
+    resnet50=_res(50),
+    resnet101=_res(101),
+    resnet50_os8=_res(50, output_stride=8),
+    resnet101_os8=_res(101, output_stride=8),
+)
 
 # %% ../../nbs/models/01_timm_encoders.ipynb #d7b546ed
 class TimmEncoder(nn.Module):
     "An encoder of timm: an image becomes four maps"
-    classifier = ('head.','fc.','norm.','fc_norm.')   # first words of names that a weight file may hold in excess
-    def __init__(self,
-        name:str,        # a key of `TIMM_ENCODERS`
+
+    classifier = (
+        'head.',
+        'fc.',
+        'norm.',
+        'fc_norm.',
+    )  # first words of names that a weight file may hold in excess
+
+    def __init__(
+        self,
+        name: str,  # a key of `TIMM_ENCODERS`
         drop_path=None,  # stochastic depth of the last block; None = as in `TIMM_ENCODERS`
-        **kw,            # other settings for `timm.create_model`, such as depths
+        **kw,  # other settings for `timm.create_model`, such as depths
     ):
         super().__init__()
         spec = lookup(name, TIMM_ENCODERS, 'backbone')
-        self.spec,self.pad,self.nhwc = spec,spec.pad,False
-        self.net = timm.create_model(spec.timm, drop_path_rate=spec.drop if drop_path is None else drop_path, **spec.kw | kw)
-        info,self.beit = list(self.net.feature_info),isinstance(self.net, timm_beit.Beit)
-        plain,n = len({f['reduction'] for f in info})==1,len(info)
-        self.taps = [round(n*f)-1 for f in (1/3,1/2,2/3,1)] if plain else list(range(n-4, n))
+        self.spec = spec
+        self.pad = spec.pad
+        self.nhwc = False
+        self.net = timm.create_model(
+            spec.timm, drop_path_rate=spec.drop if drop_path is None else drop_path, **spec.kw | kw
+        )
+        info, self.beit = list(self.net.feature_info), isinstance(self.net, timm_beit.Beit)
+        plain, n = len({f['reduction'] for f in info}) == 1, len(info)
+        self.taps = (
+            [round(n * f) - 1 for f in (1 / 3, 1 / 2, 2 / 3, 1)] if plain else list(range(n - 4, n))
+        )
         self.channels = tuple(info[i]['num_chs'] for i in self.taps)
-        self.strides = (4,8,16,32) if plain else tuple(info[i]['reduction'] for i in self.taps)
+        self.strides = (4, 8, 16, 32) if plain else tuple(info[i]['reduction'] for i in self.taps)
         self.net.prune_intermediate_layers(self.taps, prune_norm=True, prune_head=True)
-        self.norms = nn.ModuleList(LayerNorm2d(c) if spec.norm else nn.Identity() for c in self.channels)
+        self.norms = nn.ModuleList(
+            LayerNorm2d(c) if spec.norm else nn.Identity() for c in self.channels
+        )
         self.pyramid = FeaturePyramid(self.channels[0]) if plain else nn.Identity()
         if self.beit:
             self.net.patch_embed.strict_img_size = False
-            for b in self.net.blocks: b.attn.__class__ = _Bias
+            for b in self.net.blocks:
+                b.attn.__class__ = _Bias
 
-    def forward(self,
-        img:Tensor,  # (B,3,H,W), sides divisible by `pad`
-    )->list: # four maps (B,channels[i],⌈H/s⌉,⌈W/s⌉)
-        for b in self.net.blocks if self.beit else (): b.attn.grid = tuple(n//16 for n in img.shape[-2:])
+    def forward(
+        self,
+        img: Tensor,  # (B,3,H,W), sides divisible by `pad`
+    ) -> list:  # four maps (B,channels[i],⌈H/s⌉,⌈W/s⌉)
+        for b in self.net.blocks if self.beit else ():
+            b.attn.grid = tuple(n // 16 for n in img.shape[-2:])
         maps = self.net.forward_intermediates(img, indices=self.taps, intermediates_only=True)
-        return self.pyramid([n(m) for n,m in zip(self.norms, maps)])
+        return self.pyramid([n(m) for n, m in zip(self.norms, maps)])
 
 # %% ../../nbs/models/01_timm_encoders.ipynb #5f263b42
 def convert_timm_state(
-    body:TimmEncoder,
-    state:dict, # of timm, of the authors, or of open-mmlab's ResNet-v1c
-)->dict: # name -> tensor, as `body.net` wants it; the classifier is left out
+    body: TimmEncoder,
+    state: dict,  # of timm, of the authors, or of open-mmlab's ResNet-v1c
+) -> dict:  # name -> tensor, as `body.net` wants it; the classifier is left out
     "Weights of an encoder's authors in timm's names and sizes"
-    if 'stem.7.weight' in state: state = {re.sub(r'^stem\.7\.', 'bn1.', re.sub(r'^stem\.([0-6])\.', r'conv1.\1.', k)): v for k,v in state.items()}
-    fix = getattr(sys.modules[type(body.net).__module__], 'checkpoint_filter_fn', lambda s,_: s)
+    if 'stem.7.weight' in state:
+        state = {
+            re.sub(r'^stem\.7\.', 'bn1.', re.sub(r'^stem\.([0-6])\.', r'conv1.\1.', k)): v
+            for k, v in state.items()
+        }
+    fix = getattr(sys.modules[type(body.net).__module__], 'checkpoint_filter_fn', lambda s, _: s)
     own = body.net.state_dict()
-    return {k: v for k,v in fix(state, body.net).items() if k in own or not k.startswith(body.classifier)}
+    return {
+        k: v
+        for k, v in fix(state, body.net).items()
+        if k in own or not k.startswith(body.classifier)
+    }

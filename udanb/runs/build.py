@@ -8,8 +8,10 @@ __all__ = ['open_datasets', 'draw_demo', 'datasets_of', 'eval_image_size', 'pseu
 
 # %% ../../nbs/runs/02_build.ipynb #77b1f32c
 from functools import partial
+
 from accelerate import Accelerator
 from torch import nn
+
 from ..checkpoints.weights import load_weights_into
 from ..core.labels import SYNTHIA13
 from ..core.storage import read_json
@@ -30,159 +32,307 @@ from ..inference.predict import evaluate
 from ..models.hrda import HRDA
 from ..models.segmentor import create_segmentor, param_groups
 from .presets import EXTENSIONS, METHODS, SUPERVISED_METHODS
-from .recipe import pair_of, Recipe, recipe_dict
+from .recipe import Recipe, pair_of, recipe_dict
 from ..training.callbacks import SnapshotCallback
 from ..training.schedules import cosine_cycles, poly_warmup
 from ..training.trainer import Trainer
 
 # %% ../../nbs/runs/02_build.ipynb #e4d98573
 def open_datasets(
-    r:Recipe,
-    data_root='data', # relative to the project, or absolute
-)->tuple: # source with labels, target without, {target's name: its val with labels}: `SegDataset`s, or `ConcatSegDataset` of several
+    r: Recipe,
+    data_root='data',  # relative to the project, or absolute
+) -> tuple:  # source with labels, target without, {target's name: its val with labels}: `SegDataset`s, or `ConcatSegDataset` of several
     "The views of the data; the demo is drawn if it is needed and not there"
-    root,pair = resolve(data_root),pair_of(r)
-    draw_demo((*pair.sources,*pair.targets), root)
-    src,tgt,vals = pair.folders(root, r.limit, r.skip_broken)
-    if r.method=='oracle': src = _join([pair.open(t, root, limit=r.limit, skip_broken=r.skip_broken) for t in pair.targets])
-    if r.method=='selftrain': src = _join([pseudo_labelled_target(r, t, root, d) for t,d in zip(pair.targets, _stores(r))])
-    return src,tgt,vals
+    root, pair = resolve(data_root), pair_of(r)
+    draw_demo((*pair.sources, *pair.targets), root)
+    src, tgt, vals = pair.folders(root, r.limit, r.skip_broken)
+    if r.method == 'oracle':
+        src = _join(
+            [pair.open(t, root, limit=r.limit, skip_broken=r.skip_broken) for t in pair.targets]
+        )
+    if r.method == 'selftrain':
+        src = _join(
+            [pseudo_labelled_target(r, t, root, d) for t, d in zip(pair.targets, _stores(r))]
+        )
+    return src, tgt, vals
 
-def _join(fs): return fs[0] if len(fs)==1 else ConcatSegDataset(fs)
+
+def _join(fs):
+    return fs[0] if len(fs) == 1 else ConcatSegDataset(fs)
 
 # %% ../../nbs/runs/02_build.ipynb #49a1f624
 def draw_demo(
-    specs, # `SegSpec`s that will be opened
+    specs,  # `SegSpec`s that will be opened
     root,  # absolute data root
 ):
     "Write the demo, if one of them lies in it and it is not complete"
-    demo = root/'demo' if any(s.folder.startswith('demo/') for s in specs) else root if root==resolve('data/demo') else None
-    if demo and not ((demo/'demo.json').exists() and read_json(demo/'demo.json')['complete']): write_demo(demo)
+    demo = (
+        root / 'demo'
+        if any(s.folder.startswith('demo/') for s in specs)
+        else root
+        if root == resolve('data/demo')
+        else None
+    )
+    if demo and not ((demo / 'demo.json').exists() and read_json(demo / 'demo.json')['complete']):
+        write_demo(demo)
 
-def datasets_of(folder)->list:
+
+def datasets_of(folder) -> list:
     "The `SegDataset`s in it"
     return getattr(folder, 'folders', [folder])
 
-def eval_image_size(r:Recipe, spec:SegSpec)->tuple|None: # (H,W); None = native
+
+def eval_image_size(r: Recipe, spec: SegSpec) -> tuple | None:  # (H,W); None = native
     "What images of a dataset are fitted into"
-    return r.fit or spec.image_size and tuple(round(n*r.scale) for n in spec.image_size)
+    return r.fit or spec.image_size and tuple(round(n * r.scale) for n in spec.image_size)
 
 # %% ../../nbs/runs/02_build.ipynb #c1f6c37c
 def _stores(r):
     "Where the pseudo-labels of each target are"
-    at,n = as_tuple(r.pseudo or ()),len(pair_of(r).targets)
-    if len(at)!=n:
-        raise ValueError(f'selftrain learns stored pseudo-labels of {n} target{"s"*(n>1)}, but pseudo={r.pseudo}; '
-                         f'make them with pseudo_label.ipynb and give a folder for each')
+    at, n = as_tuple(r.pseudo or ()), len(pair_of(r).targets)
+    if len(at) != n:
+        raise ValueError(
+            f'selftrain learns stored pseudo-labels of {n} target{"s" * (n > 1)}, but pseudo={r.pseudo}; '
+            f'make them with pseudo_label.ipynb and give a folder for each'
+        )
     return [resolve(d) for d in at]
 
+
 def pseudo_labelled_target(
-    r:Recipe,
-    spec:SegSpec, # a target
-    root,         # absolute data root
-    where,        # folder written by `export_pseudo`
-)->SegDataset: # the images that have stored labels, with those
+    r: Recipe,
+    spec: SegSpec,  # a target
+    root,  # absolute data root
+    where,  # folder written by `export_pseudo`
+) -> SegDataset:  # the images that have stored labels, with those
     "A target as its pseudo-labels see it; images without one are not used, labels that are missing raise `ValueError`"
-    space,stamp,n = pair_of(r).space,read_export_record(where),len(labelled_names(where))
-    if n<stamp.get('images', n+1):
-        raise ValueError(f"{where} holds {n} of {stamp.get('images', 'an unknown number of')} labels: "
-                         "the export was not finished, or files were removed; run pseudo_label.ipynb again, it goes on where it stopped")
-    f = SegDataset(pseudo_spec(spec, where, space), root, stamp['split'], space, limit=r.limit, skip_broken=True)
-    f.skipped = stamp.get('skipped', {})      # images that nobody asked to label were not skipped
+    space = pair_of(r).space
+    stamp = read_export_record(where)
+    n = len(labelled_names(where))
+    if n < stamp.get('images', n + 1):
+        raise ValueError(
+            f"{where} holds {n} of {stamp.get('images', 'an unknown number of')} labels: "
+            "the export was not finished, or files were removed; run pseudo_label.ipynb again, it goes on where it stopped"
+        )
+    f = SegDataset(
+        pseudo_spec(spec, where, space),
+        root,
+        stamp['split'],
+        space,
+        limit=r.limit,
+        skip_broken=True,
+    )
+    f.skipped = stamp.get('skipped', {})  # images that nobody asked to label were not skipped
     return f
 
+
 def open_targets(
-    r:Recipe,
-    data_root='data', # relative to the project, or absolute
+    r: Recipe,
+    data_root='data',  # relative to the project, or absolute
     split='val',
-    labels=True,      # False: label files are never looked for
-)->dict: # target's name -> `SegDataset` in the run's classes
+    labels=True,  # False: label files are never looked for
+) -> dict:  # target's name -> `SegDataset` in the run's classes
     "A split of each target"
-    root,pair = resolve(data_root),pair_of(r)
+    root, pair = resolve(data_root), pair_of(r)
     draw_demo(pair.targets, root)
-    return {t.name: pair.open(t, root, split=split, labels=labels, limit=r.limit, skip_broken=r.skip_broken) for t in pair.targets}
+    return {
+        t.name: pair.open(
+            t, root, split=split, labels=labels, limit=r.limit, skip_broken=r.skip_broken
+        )
+        for t in pair.targets
+    }
 
 # %% ../../nbs/runs/02_build.ipynb #5aec9c73
 def _use_cached(r, folder):
     "The folder, read from the resized cache where there is one"
-    copy = lambda f: r.cache and r.method!='selftrain' and eval_image_size(r, f.spec) and cache_dir(f, eval_image_size(r, f.spec)).is_dir()
+
+    def copy(f):
+        return (
+            r.cache
+            and r.method != 'selftrain'
+            and eval_image_size(r, f.spec)
+            and cache_dir(f, eval_image_size(r, f.spec)).is_dir()
+        )
+
     fs = [use_cache(f, eval_image_size(r, f.spec)) if copy(f) else f for f in datasets_of(folder)]
     return ConcatSegDataset(fs, folder.weights) if isinstance(folder, ConcatSegDataset) else fs[0]
 
+
 def train_loader_factory(
-    r:Recipe,
-    src, tgt,      # `SegDataset` or `ConcatSegDataset`, with labels and without
+    r: Recipe,
+    src,
+    tgt,  # `SegDataset` or `ConcatSegDataset`, with labels and without
     device='cpu',
-): # start step -> iterable of `DomainBatch`
+):  # start step -> iterable of `DomainBatch`
     "The loader of a run"
     stats = class_stats(src, skip_broken=r.skip_broken) if r.rcs else None
-    rcs = RareClassSampler(stats, len(src.space), r.rcs_T, r.rcs_px, src.space.classes, share=getattr(src,'share',None)) if r.rcs else None
-    src,tgt = _use_cached(r, src),_use_cached(r, tgt)
-    src_tfm = [TrainTransform(eval_image_size(r,f.spec), r.crop, r.cat_max, augment=r.augment) for f in datasets_of(src)]
-    tgt_tfm = [TrainTransform(eval_image_size(r,f.spec), r.crop, margins=f.margins if r.margins=='mask' else None) for f in datasets_of(tgt)]
+    rcs = (
+        RareClassSampler(
+            stats,
+            len(src.space),
+            r.rcs_T,
+            r.rcs_px,
+            src.space.classes,
+            share=getattr(src, 'share', None),
+        )
+        if r.rcs
+        else None
+    )
+    src, tgt = _use_cached(r, src), _use_cached(r, tgt)
+    src_tfm = [
+        TrainTransform(eval_image_size(r, f.spec), r.crop, r.cat_max, augment=r.augment)
+        for f in datasets_of(src)
+    ]
+    tgt_tfm = [
+        TrainTransform(
+            eval_image_size(r, f.spec), r.crop, margins=f.margins if r.margins == 'mask' else None
+        )
+        for f in datasets_of(tgt)
+    ]
     tgt = None if r.method in SUPERVISED_METHODS else tgt
-    workers = (0 if str(device)=='cpu' else 4) if r.workers is None else r.workers
-    return lambda start: train_loader(src, tgt, src_tfm, tgt_tfm, r.batch, r.seed, start, r.steps, workers, rcs, r.rcs_px*r.rcs_ratio, r.skip_broken)
+    workers = (0 if str(device) == 'cpu' else 4) if r.workers is None else r.workers
+    return lambda start: train_loader(
+        src,
+        tgt,
+        src_tfm,
+        tgt_tfm,
+        r.batch,
+        r.seed,
+        start,
+        r.steps,
+        workers,
+        rcs,
+        r.rcs_px * r.rcs_ratio,
+        r.skip_broken,
+    )
 
 # %% ../../nbs/runs/02_build.ipynb #34870654
 def make_evaluator(
-    r:Recipe,
-    vals:dict,   # target's name -> `SegDataset` with labels
-    skipped:dict={},# what `skip_broken` leaves out is added here: name -> why
+    r: Recipe,
+    vals: dict,  # target's name -> `SegDataset` with labels
+    skipped: dict = {},  # what `skip_broken` leaves out is added here: name -> why
     quiet=True,
-): # net -> dict(miou=…, iou={class: …}, …), in per cent; None if nothing can be scored
+):  # net -> dict(miou=…, iou={class: …}, …), in per cent; None if nothing can be scored
     "Scores on the targets' val"
-    if not vals: return None
-    loaders = {n: eval_loader(v, EvalTransform(eval_image_size(r, v.spec)), skip_broken=r.skip_broken) for n,v in vals.items()}
+    if not vals:
+        return None
+    loaders = {
+        n: eval_loader(v, EvalTransform(eval_image_size(r, v.spec)), skip_broken=r.skip_broken)
+        for n, v in vals.items()
+    }
     space = next(iter(vals.values())).space
+
     def one(net, loader):
         conf = evaluate(net, loader, ConfusionMatrix(len(space)), quiet=quiet)
         skipped.update(loader.dataset.skipped)
         iou = iou_dict(conf, space)
-        more = dict(miou13=_mean(iou[c] for c in SYNTHIA13.classes)) if space.name=='synthia16' else {}
-        return dict(miou=100*conf.miou(), **more, iou=iou)
+        more = (
+            dict(miou13=_mean(iou[c] for c in SYNTHIA13.classes))
+            if space.name == 'synthia16'
+            else {}
+        )
+        return dict(miou=100 * conf.miou(), **more, iou=iou)
+
     def score(net):
-        each = {n: one(net, l) for n,l in loaders.items()}
-        if len(each)==1: return next(iter(each.values()))
-        over = lambda f: _mean(f(e) for e in each.values())
-        return dict(miou=over(lambda e: e['miou']), iou={c: over(lambda e: e['iou'][c]) for c in space.classes}, targets=each)
+        each = {n: one(net, l) for n, l in loaders.items()}
+        if len(each) == 1:
+            return next(iter(each.values()))
+
+        def over(f):
+            return _mean(f(e) for e in each.values())
+
+        return dict(
+            miou=over(lambda e: e['miou']),
+            iou={c: over(lambda e: e['iou'][c]) for c in space.classes},
+            targets=each,
+        )
+
     return score
 
-def _mean(xs)->float|None: # of the values that are there
-    xs = [x for x in xs if x is not None and x==x]
-    return sum(xs)/len(xs) if xs else None
+
+def _mean(xs) -> float | None:  # of the values that are there
+    xs = [x for x in xs if x is not None and x == x]
+    return sum(xs) / len(xs) if xs else None
 
 # %% ../../nbs/runs/02_build.ipynb #260d689b
 def build_network(
-    r:Recipe,
-    n_classes:int,
-    weights=None, # of the encoder
-)->nn.Module: # on the CPU, in training mode
+    r: Recipe,
+    n_classes: int,
+    weights=None,  # of the encoder
+) -> nn.Module:  # on the CPU, in training mode
     "The network of a recipe"
-    net = create_segmentor(r.backbone, n_classes, r.head, weights, r.dim, r.ch, r.drop_path, r.freeze_bn and r.weights is not None)
-    return HRDA(net, min(r.crop)//2, net.backbone.strides[net.head.output_level], r.dim or 256, parity=r.parity) if r.hrda else net
+    net = create_segmentor(
+        r.backbone,
+        n_classes,
+        r.head,
+        weights,
+        r.dim,
+        r.ch,
+        r.drop_path,
+        r.freeze_bn and r.weights is not None,
+    )
+    return (
+        HRDA(
+            net,
+            min(r.crop) // 2,
+            net.backbone.strides[net.head.output_level],
+            r.dim or 256,
+            parity=r.parity,
+        )
+        if r.hrda
+        else net
+    )
+
 
 def build_trainer(
-    r:Recipe,
+    r: Recipe,
     data_root='data',  # where datasets are
-    out='outputs/run', # folder of the run
-    quiet=False,       # no progress bars
-    callbacks=(),      # see `Trainer`
-)->Trainer:
+    out='outputs/run',  # folder of the run
+    quiet=False,  # no progress bars
+    callbacks=(),  # see `Trainer`
+) -> Trainer:
     "Put a run together; the folder is not touched before everything is found"
-    src,tgt,vals = open_datasets(r, data_root)
+    src, tgt, vals = open_datasets(r, data_root)
     acc = Accelerator(mixed_precision=r.precision)
     seed_all(r.seed)
-    net = build_network(r, len(src.space), None if r.init and not (r.fd and r.method=='daformer') else r.weights)
+    net = build_network(
+        r, len(src.space), None if r.init and not (r.fd and r.method == 'daformer') else r.weights
+    )
     strong = StrongAugmentation(p_jitter=r.jitter, p_blur=r.blur)
     method = METHODS[r.method](net, r, src.space, strong, **r.args.get(r.method, {}))
-    for name in r.plus: method = EXTENSIONS[name](method, net, r, src.space, strong, **r.args.get(name, {}))
-    if r.init: load_weights_into(net, resolve(r.init))
-    if r.cycles: callbacks = (*callbacks, SnapshotCallback(r.cycles))
-    loader,lost = train_loader_factory(r, src, tgt, acc.device),{n:w for f in (src,tgt,*vals.values()) for n,w in f.skipped.items()}
-    t = Trainer(net, method, param_groups(net, r.lr, r.head_mult, r.wd, r.layer_decay), loader, r.steps, resolve(out), r.seed,
-                partial(_schedule, r), recipe_dict(r), make_evaluator(r, vals, lost), r.eval_every, r.save_every, acc, callbacks, quiet)
-    t.skipped = lost      # told at the end of the run
+    for name in r.plus:
+        method = EXTENSIONS[name](method, net, r, src.space, strong, **r.args.get(name, {}))
+    if r.init:
+        load_weights_into(net, resolve(r.init))
+    if r.cycles:
+        callbacks = (*callbacks, SnapshotCallback(r.cycles))
+    loader, lost = (
+        train_loader_factory(r, src, tgt, acc.device),
+        {n: w for f in (src, tgt, *vals.values()) for n, w in f.skipped.items()},
+    )
+    t = Trainer(
+        net,
+        method,
+        param_groups(net, r.lr, r.head_mult, r.wd, r.layer_decay),
+        loader,
+        r.steps,
+        resolve(out),
+        r.seed,
+        partial(_schedule, r),
+        recipe_dict(r),
+        make_evaluator(r, vals, lost),
+        r.eval_every,
+        r.save_every,
+        acc,
+        callbacks,
+        quiet,
+    )
+    t.skipped = lost  # told at the end of the run
     return t
 
-def _schedule(r, it, steps): return cosine_cycles(it, steps, r.cycles) if r.cycles else poly_warmup(it, steps, r.warmup, r.power)
+
+def _schedule(r, it, steps):
+    return (
+        cosine_cycles(it, steps, r.cycles)
+        if r.cycles
+        else poly_warmup(it, steps, r.warmup, r.power)
+    )

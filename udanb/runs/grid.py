@@ -15,201 +15,361 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import yaml
+
 from ..core.storage import atomic_write, read_json
 from ..core.utils import lookup, progress_bar, project_root, resolve
 from ..data.pairs import as_tuple
 from ..inference.label_free import SCORE_DIRECTION, rank_correlation
 from .presets import make_recipe
-from .recipe import from_json, Recipe, recipe_dict
+from .recipe import Recipe, from_json, recipe_dict
 from .results import run_name
 
 # %% ../../nbs/runs/06_grid.ipynb #65a03166
 @dataclass(frozen=True)
 class RunSpec:
     "One run of a grid"
-    label:str      # what it is called in tables: the recipe's name, or the params file's
-    recipe:Recipe
-    params:dict    # of nbs/train_uda.ipynb
-    folder:Path    # of the grid
+
+    label: str  # what it is called in tables: the recipe's name, or the params file's
+    recipe: Recipe
+    params: dict  # of nbs/train_uda.ipynb
+    folder: Path  # of the grid
 
     @property
-    def name(self)->str: return run_name(self.recipe)
-    @property
-    def pair(self)->str: return '→'.join('+'.join(as_tuple(x)) for x in (self.recipe.source, self.recipe.target))
-    @property
-    def out(self)->Path: return self.folder/self.name                  # the run's results
-    def file(self, end)->Path: return self.folder/f'{self.name}.{end}' # beside it: the notebook, what it was told, what it said
+    def name(self) -> str:
+        return run_name(self.recipe)
 
-    def done(self)->bool:
+    @property
+    def pair(self) -> str:
+        return '→'.join('+'.join(as_tuple(x)) for x in (self.recipe.source, self.recipe.target))
+
+    @property
+    def out(self) -> Path:
+        return self.folder / self.name  # the run's results
+
+    def file(self, end) -> Path:
+        return (
+            self.folder / f'{self.name}.{end}'
+        )  # beside it: the notebook, what it was told, what it said
+
+    def done(self) -> bool:
         "Has exactly this run been finished?"
-        files = self.out/'metrics.json',self.out/'recipe.json'
-        return all(f.exists() for f in files) and recipe_dict(from_json(read_json(files[1])))==recipe_dict(self.recipe)
-    def steps(self)->int:
+        files = self.out / 'metrics.json', self.out / 'recipe.json'
+        return all(f.exists() for f in files) and recipe_dict(
+            from_json(read_json(files[1]))
+        ) == recipe_dict(self.recipe)
+
+    def steps(self) -> int:
         "How many it has done"
-        f = self.out/'log.jsonl'
+        f = self.out / 'log.jsonl'
         return f.read_bytes().count(b'\n') if f.exists() else 0
 
 # %% ../../nbs/runs/06_grid.ipynb #d5244a39
-NOTEBOOK_PARAMETERS = 'source','target','recipe','backbone','steps','seed','data_root','datasets','skip_broken','out','over'   # parameters of train_uda.ipynb
+NOTEBOOK_PARAMETERS = (
+    'source',
+    'target',
+    'recipe',
+    'backbone',
+    'steps',
+    'seed',
+    'data_root',
+    'datasets',
+    'skip_broken',
+    'out',
+    'over',
+)  # parameters of train_uda.ipynb
 
-def _job(p:dict, label, folder)->RunSpec:
+
+def _job(p: dict, label, folder) -> RunSpec:
     "A job from the notebook's parameters"
-    for k in p: lookup(k, NOTEBOOK_PARAMETERS, f"parameter of train_uda.ipynb (in '{label}')")
-    if 'source' not in p: raise ValueError(f"'{label}' names no source: {', '.join(p)}; is it a params file of train_uda.ipynb?")
-    r = make_recipe(p.get('recipe') or 'daformer', p['source'], p.get('target'), p['over'],
-                    **{k: p.get(k) for k in ('backbone','steps','seed','datasets','skip_broken')})
+    for k in p:
+        lookup(k, NOTEBOOK_PARAMETERS, f"parameter of train_uda.ipynb (in '{label}')")
+    if 'source' not in p:
+        raise ValueError(
+            f"'{label}' names no source: {', '.join(p)}; is it a params file of train_uda.ipynb?"
+        )
+    r = make_recipe(
+        p.get('recipe') or 'daformer',
+        p['source'],
+        p.get('target'),
+        p['over'],
+        **{k: p.get(k) for k in ('backbone', 'steps', 'seed', 'datasets', 'skip_broken')},
+    )
     job = RunSpec(label, r, p, folder)
     p['out'] = str(job.out)
     return job
 
+
 def make_grid(
-    folder,        # where the grid's runs go, relative to the project
-    recipes=(),    # names of recipes
+    folder,  # where the grid's runs go, relative to the project
+    recipes=(),  # names of recipes
     seeds=(0,),
-    pairs=(),      # of (source, target), each a name or a list; target None = the usual one
-    over={},       # fields of the recipe, for all runs
-    data_root=None,# None = the file's, or data
-    params=(),     # instead of recipes and pairs: files like params/*.yaml
-)->list: # of `RunSpec`s
+    pairs=(),  # of (source, target), each a name or a list; target None = the usual one
+    over={},  # fields of the recipe, for all runs
+    data_root=None,  # None = the file's, or data
+    params=(),  # instead of recipes and pairs: files like params/*.yaml
+) -> list:  # of `RunSpec`s
     "All runs of a grid; `ValueError` for an unknown name, a run that is asked for twice, and if there are none"
     files = [(Path(f).stem, yaml.safe_load(resolve(f).read_text())) for f in params]
-    cells = files or [(r, dict(recipe=r, source=s, target=t)) for s,t in pairs for r in recipes]
+    cells = files or [(r, dict(recipe=r, source=s, target=t)) for s, t in pairs for r in recipes]
     more = dict(data_root=data_root) if data_root else {}
-    fields = lambda p: dict(before=False) | (p.get('over') or {}) | dict(over)
-    jobs = [_job(p | more | dict(seed=s, over=fields(p)), label, resolve(folder)) for label,p in cells for s in seeds]
+
+    def fields(p):
+        return dict(before=False) | (p.get('over') or {}) | dict(over)
+
+    jobs = [
+        _job(p | more | dict(seed=s, over=fields(p)), label, resolve(folder))
+        for label, p in cells
+        for s in seeds
+    ]
     names = [j.name for j in jobs]
-    if not jobs: raise ValueError('the grid is empty: it needs seeds, and recipes and pairs or params')
-    if twice := sorted({n for n in names if names.count(n)>1}): raise ValueError(f'the grid has these runs more than once: {", ".join(twice)}')
+    if not jobs:
+        raise ValueError('the grid is empty: it needs seeds, and recipes and pairs or params')
+    if twice := sorted({n for n in names if names.count(n) > 1}):
+        raise ValueError(f'the grid has these runs more than once: {", ".join(twice)}')
     return jobs
 
 # %% ../../nbs/runs/06_grid.ipynb #a005205c
 def start_run(
-    job:RunSpec,
-    notebook='nbs/train_uda.ipynb', # relative to the project
-)->subprocess.Popen|None: # None: somebody else is at it
+    job: RunSpec,
+    notebook='nbs/train_uda.ipynb',  # relative to the project
+) -> subprocess.Popen | None:  # None: somebody else is at it
     "Start a job's process"
     job.folder.mkdir(parents=True, exist_ok=True)
-    atomic_write(job.file('yaml'), yaml.safe_dump(_plain(job.params), sort_keys=False, allow_unicode=True))
-    cmd = [sys.executable, '-m', 'papermill', resolve(notebook), job.file('ipynb'), '-f', job.file('yaml'), '--no-progress-bar', '--log-level', 'ERROR']
+    atomic_write(
+        job.file('yaml'), yaml.safe_dump(_plain(job.params), sort_keys=False, allow_unicode=True)
+    )
+    cmd = [
+        sys.executable,
+        '-m',
+        'papermill',
+        resolve(notebook),
+        job.file('ipynb'),
+        '-f',
+        job.file('yaml'),
+        '--no-progress-bar',
+        '--log-level',
+        'ERROR',
+    ]
     with open(job.file('lock'), 'a') as lock:
-        if not _lock(lock): return None
+        if not _lock(lock):
+            return None
         with open(job.file('log'), 'w') as log:
-            return subprocess.Popen(cmd, cwd=project_root(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(lock.fileno(),))
+            return subprocess.Popen(
+                cmd,
+                cwd=project_root(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=(lock.fileno(),),
+            )
 
-def _lock(f)->bool:
+
+def _lock(f) -> bool:
     "Take the lock of an open file, if it is free; it lasts until every process that has inherited the file is gone"
-    try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError: return False
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
     return True
+
 
 def _plain(x):
     "Tuples as lists, for YAML"
-    return {k: _plain(v) for k,v in x.items()} if isinstance(x,dict) else [_plain(v) for v in x] if isinstance(x,(list,tuple)) else x
+    return (
+        {k: _plain(v) for k, v in x.items()}
+        if isinstance(x, dict)
+        else [_plain(v) for v in x]
+        if isinstance(x, (list, tuple))
+        else x
+    )
 
 # %% ../../nbs/runs/06_grid.ipynb #72278762
 def last_error_line(
-    text:str, # what a process wrote
-    rc:int,   # how it ended
-)->str: # one line
+    text: str,  # what a process wrote
+    rc: int,  # how it ended
+) -> str:  # one line
     "The error at the end of a log"
     lines = [l.strip() for l in re.sub(r'\x1b\[[\d;]*m', '', text).splitlines() if l.strip()]
     named = [l for l in lines if re.match(r'[\w.]*(Error|Exception|Interrupt|Exit)\w*(:|$)', l)]
-    return f'killed by signal {-rc}' if rc<0 else (named or lines or [f'exit status {rc}'])[-1]
+    return f'killed by signal {-rc}' if rc < 0 else (named or lines or [f'exit status {rc}'])[-1]
 
 # %% ../../nbs/runs/06_grid.ipynb #8198e507
 def results_table(
-    jobs:list, # from `make_grid`
-)->pd.DataFrame: # a row per job: recipe, pair, seed, state, miou, teacher (in %), label-free scores of the student, steps, minutes, mib, error, run
+    jobs: list,  # from `make_grid`
+) -> pd.DataFrame:  # a row per job: recipe, pair, seed, state, miou, teacher (in %), label-free scores of the student, steps, minutes, mib, error, run
     "The table of a grid, as far as it has come"
+
     def row(j):
-        m = read_json(j.out/'metrics.json') if j.done() else {}
+        m = read_json(j.out / 'metrics.json') if j.done() else {}
         error = j.file('failed').read_text().strip() if not m and j.file('failed').exists() else ''
         score = m.get('miou', {})
-        return dict(recipe=j.label, pair=j.pair, seed=j.recipe.seed, state='finished' if m else 'failed' if error else 'waiting', miou=score.get('student'),
-                    teacher=score.get('teacher'), **{k: m.get('label_free', {}).get('student', {}).get(k) for k in SCORE_DIRECTION},
-                    steps=m.get('steps', j.steps()), minutes=m['seconds']/60 if m else None, mib=m.get('peak_mib'), error=error, run=j.name)
-    return pd.DataFrame([row(j) for j in jobs]).astype(dict.fromkeys(('miou','teacher',*SCORE_DIRECTION,'minutes','mib'), float))
+        return dict(
+            recipe=j.label,
+            pair=j.pair,
+            seed=j.recipe.seed,
+            state='finished' if m else 'failed' if error else 'waiting',
+            miou=score.get('student'),
+            teacher=score.get('teacher'),
+            **{k: m.get('label_free', {}).get('student', {}).get(k) for k in SCORE_DIRECTION},
+            steps=m.get('steps', j.steps()),
+            minutes=m['seconds'] / 60 if m else None,
+            mib=m.get('peak_mib'),
+            error=error,
+            run=j.name,
+        )
+
+    return pd.DataFrame([row(j) for j in jobs]).astype(
+        dict.fromkeys(('miou', 'teacher', *SCORE_DIRECTION, 'minutes', 'mib'), float)
+    )
+
 
 def seed_summary(
-    table:pd.DataFrame, # from `results_table`
-)->pd.DataFrame: # a row per recipe and pair, in their order: runs, mean and std of mIoU, student and teacher, minutes
+    table: pd.DataFrame,  # from `results_table`
+) -> pd.DataFrame:  # a row per recipe and pair, in their order: runs, mean and std of mIoU, student and teacher, minutes
     "Mean and standard deviation (n-1) over the finished seeds"
-    by = table[table.state=='finished'].groupby(['pair','recipe'], sort=False)
-    cols = dict(n=by.miou.count(), mean=by.miou.mean(), std=by.miou.std(), teacher=by.teacher.mean(), teacher_std=by.teacher.std(), minutes=by.minutes.mean())
-    return pd.DataFrame(cols).assign(miou=lambda t: [f'{m:.1f}'+(f' ± {s:.1f}' if s==s else '') if m==m else '–' for m,s in zip(t['mean'], t['std'])])
+    by = table[table.state == 'finished'].groupby(['pair', 'recipe'], sort=False)
+    cols = dict(
+        n=by.miou.count(),
+        mean=by.miou.mean(),
+        std=by.miou.std(),
+        teacher=by.teacher.mean(),
+        teacher_std=by.teacher.std(),
+        minutes=by.minutes.mean(),
+    )
+    return pd.DataFrame(cols).assign(
+        miou=lambda t: [
+            f'{m:.1f}' + (f' ± {s:.1f}' if s == s else '') if m == m else '–'
+            for m, s in zip(t['mean'], t['std'])
+        ]
+    )
 
 # %% ../../nbs/runs/06_grid.ipynb #122ed2ba
-def _has_ended(j:RunSpec, p)->bool:
+def _has_ended(j: RunSpec, p) -> bool:
     "Has this process ended? If it failed, write down why"
-    if p is None: return _is_unlocked(j)
-    if (rc := p.poll()) is None: return False
-    if not j.done(): atomic_write(j.file('failed'), last_error_line(j.file('log').read_text(errors='replace'), rc)+'\n')
+    if p is None:
+        return _is_unlocked(j)
+    if (rc := p.poll()) is None:
+        return False
+    if not j.done():
+        atomic_write(
+            j.file('failed'), last_error_line(j.file('log').read_text(errors='replace'), rc) + '\n'
+        )
     return True
 
-def _is_unlocked(j:RunSpec)->bool:
+
+def _is_unlocked(j: RunSpec) -> bool:
     "Does no process hold the job's lock?"
-    with open(j.file('lock'), 'a') as f: return _lock(f)
+    with open(j.file('lock'), 'a') as f:
+        return _lock(f)
 
 # %% ../../nbs/runs/06_grid.ipynb #9f11655e
 def run_grid(
-    jobs:list,     # from `make_grid`
-    n=1,           # processes at once
+    jobs: list,  # from `make_grid`
+    n=1,  # processes at once
     notebook='nbs/train_uda.ipynb',
-    every=.5,      # seconds between looks
-    quiet=False,   # no progress bar
-)->pd.DataFrame: # see `results_table`
+    every=0.5,  # seconds between looks
+    quiet=False,  # no progress bar
+) -> pd.DataFrame:  # see `results_table`
     "Run what is not finished; a run that fails is noted and the others go on"
-    wait,live = [j for j in jobs if not j.done()],{}
-    for j in wait: j.file('failed').unlink(missing_ok=True)
-    did = lambda: sum(min(j.steps(), j.recipe.steps) for j in jobs)
-    with progress_bar(desc=jobs[0].folder.name, total=sum(j.recipe.steps for j in jobs), initial=did(), quiet=quiet) as bar:
+    wait, live = [j for j in jobs if not j.done()], {}
+    for j in wait:
+        j.file('failed').unlink(missing_ok=True)
+
+    def did():
+        return sum(min(j.steps(), j.recipe.steps) for j in jobs)
+
+    with progress_bar(
+        desc=jobs[0].folder.name,
+        total=sum(j.recipe.steps for j in jobs),
+        initial=did(),
+        quiet=quiet,
+    ) as bar:
         try:
             while wait or live:
-                for j in [j for j in wait if len(live)<n]:
-                    if len(live)<n: live[j.name] = j,start_run(j, notebook); wait.remove(j)
+                for j in [j for j in wait if len(live) < n]:
+                    if len(live) < n:
+                        live[j.name] = j, start_run(j, notebook)
+                        wait.remove(j)
                 time.sleep(every)
-                for j,p in list(live.values()):
-                    if not _has_ended(j, p): continue
+                for j, p in list(live.values()):
+                    if not _has_ended(j, p):
+                        continue
                     del live[j.name]
-                    if p is None and not j.done(): wait.append(j)         # whoever was at it has given up
+                    if p is None and not j.done():
+                        wait.append(j)  # whoever was at it has given up
                 bad = [j for j in jobs if j.file('failed').exists()]
-                bar.n,bar.total = did(),sum(j.steps() if j in bad else j.recipe.steps for j in jobs)
-                bar.set_postfix_str(f'{sum(j.done() for j in jobs)}/{len(jobs)} runs, {len(bad)} failed')
+                bar.n, bar.total = (
+                    did(),
+                    sum(j.steps() if j in bad else j.recipe.steps for j in jobs),
+                )
+                bar.set_postfix_str(
+                    f'{sum(j.done() for j in jobs)}/{len(jobs)} runs, {len(bad)} failed'
+                )
         finally:
-            ours = [p for _,p in live.values() if p]
-            for p in ours: p.send_signal(signal.SIGINT)                   # papermill then ends its kernel, too
+            ours = [p for _, p in live.values() if p]
             for p in ours:
-                try: p.wait(60)
-                except subprocess.TimeoutExpired: p.kill()
+                p.send_signal(signal.SIGINT)  # papermill then ends its kernel, too
+            for p in ours:
+                try:
+                    p.wait(60)
+                except subprocess.TimeoutExpired:
+                    p.kill()
     return results_table(jobs)
 
 # %% ../../nbs/runs/06_grid.ipynb #f4218d73
 def show_grid(
-    table:pd.DataFrame, # from `results_table`
+    table: pd.DataFrame,  # from `results_table`
 ):
     "mIoU of every finished run by recipe, one panel per pair; the figure"
     t = table[table.miou.notna()]
-    pairs,names = list(t.pair.unique()),list(table.recipe.unique())
-    fig,axs = plt.subplots(1, max(len(pairs),1), figsize=(1.2+2.6*max(len(pairs),1), .9+.3*len(names)), sharey=True, squeeze=False, layout='constrained')
-    for ax,pair in zip(axs[0], pairs):
-        for i,name in enumerate(names):
-            v = t[(t.pair==pair) & (t.recipe==name)].miou.to_numpy()
-            if len(v): ax.plot(v, i+.5*(np.arange(len(v))-(len(v)-1)/2)/max(len(v),1), 'o', ms=4, color=f'C{i%10}', alpha=.7)
-            if len(v): ax.plot([v.mean()]*2, [i-.35,i+.35], color=f'C{i%10}', lw=2)
-        ax.set(title=pair, xlabel='mIoU (%)', yticks=range(len(names)), yticklabels=names, ylim=(len(names)-.4,-.6)); ax.grid(axis='x', color='.9')
+    pairs, names = list(t.pair.unique()), list(table.recipe.unique())
+    fig, axs = plt.subplots(
+        1,
+        max(len(pairs), 1),
+        figsize=(1.2 + 2.6 * max(len(pairs), 1), 0.9 + 0.3 * len(names)),
+        sharey=True,
+        squeeze=False,
+        layout='constrained',
+    )
+    for ax, pair in zip(axs[0], pairs):
+        for i, name in enumerate(names):
+            v = t[(t.pair == pair) & (t.recipe == name)].miou.to_numpy()
+            if len(v):
+                ax.plot(
+                    v,
+                    i + 0.5 * (np.arange(len(v)) - (len(v) - 1) / 2) / max(len(v), 1),
+                    'o',
+                    ms=4,
+                    color=f'C{i % 10}',
+                    alpha=0.7,
+                )
+            if len(v):
+                ax.plot([v.mean()] * 2, [i - 0.35, i + 0.35], color=f'C{i % 10}', lw=2)
+        ax.set(
+            title=pair,
+            xlabel='mIoU (%)',
+            yticks=range(len(names)),
+            yticklabels=names,
+            ylim=(len(names) - 0.4, -0.6),
+        )
+        ax.grid(axis='x', color='.9')
     plt.close(fig)
     return fig
 
 # %% ../../nbs/runs/06_grid.ipynb #fbd258be
 def score_rank_table(
-    table:pd.DataFrame, # from `results_table`
-)->pd.DataFrame: # a row per pair and score: rho, chosen, miou, lost, runs; empty without three finished runs of a pair
+    table: pd.DataFrame,  # from `results_table`
+) -> pd.DataFrame:  # a row per pair and score: rho, chosen, miou, lost, runs; empty without three finished runs of a pair
     "How far label-free scores order the runs as mIoU does"
     t = table[table.miou.notna() & table[list(SCORE_DIRECTION)].notna().all(axis=1)]
-    by = {pair: x.set_index('run') for pair,x in t.groupby('pair', sort=False) if len(x)>2}
-    each = {pair: rank_correlation(x[list(SCORE_DIRECTION)].to_dict('index'), x.miou.to_dict()) for pair,x in by.items()}
-    return pd.concat(each, names=['pair','score']) if each else pd.DataFrame()
+    by = {pair: x.set_index('run') for pair, x in t.groupby('pair', sort=False) if len(x) > 2}
+    each = {
+        pair: rank_correlation(x[list(SCORE_DIRECTION)].to_dict('index'), x.miou.to_dict())
+        for pair, x in by.items()
+    }
+    return pd.concat(each, names=['pair', 'score']) if each else pd.DataFrame()

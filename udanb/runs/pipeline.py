@@ -9,9 +9,11 @@ __all__ = ['Pipeline', 'replace_input_paths', 'prepare_run_folder', 'update_inpu
 import json
 import time
 from pathlib import Path
+
 import pandas as pd
 import torch
 from fastcore.basics import patch
+
 from ..checkpoints.weights import load_weights
 from ..core.state_dicts import load_torch_file
 from ..core.storage import atomic_write, read_json, write_json
@@ -20,9 +22,9 @@ from .provenance import input_hashes
 from .recipe import Recipe, recipe_dict
 from .run import train_run
 from udanb.runs.stamps import (
+    MISSING_LIST,
     finished_stamp,
     folder_lock,
-    MISSING_LIST,
     missing_outputs,
     output_files,
     read_stamp,
@@ -36,140 +38,233 @@ from ..training.schedules import cycle_ends
 # %% ../../nbs/runs/08_pipeline.ipynb #4c114ec9
 class Pipeline:
     "A chain of stages, each made once and found from then on"
-    def __init__(self,
-        out,         # folder of the stages' folders, relative to the project or absolute
-        quiet=False, # neither lines nor progress bars
-    ): self.out,self.quiet,self.rows = resolve(out),quiet,{}
+
+    def __init__(
+        self,
+        out,  # folder of the stages' folders, relative to the project or absolute
+        quiet=False,  # neither lines nor progress bars
+    ):
+        self.out = resolve(out)
+        self.quiet = quiet
+        self.rows = {}
 
     def _say(self, s):
-        if not self.quiet: print(s, flush=True)
+        if not self.quiet:
+            print(s, flush=True)
 
     def _row(self, state, folder, s):
-        if state=='found': self._say(f'found {folder.name}')
-        self.rows[folder] = state,s
+        if state == 'found':
+            self._say(f'found {folder.name}')
+        self.rows[folder] = state, s
         return folder
 
 # %% ../../nbs/runs/08_pipeline.ipynb #4501645c
 @patch
-def stage(self:Pipeline,
-    name:str,
-    do,          # folder -> results (a JSON-able dict) or None: makes what is missing there
-    settings={}, # all that decides the result: JSON-able
-    inputs={},   # all files and folders it reads: name -> path
-)->Path: # its folder, finished: out/<name>-<six digits>
+def stage(
+    self: Pipeline,
+    name: str,
+    do,  # folder -> results (a JSON-able dict) or None: makes what is missing there
+    settings={},  # all that decides the result: JSON-able
+    inputs={},  # all files and folders it reads: name -> path
+) -> Path:  # its folder, finished: out/<name>-<six digits>
     "Find a stage, or make it, or mend it"
     t = stage_key(name, settings, inputs)
-    folder = self.out/f"{name}-{t['key'][:6]}"
+    folder = self.out / f"{name}-{t['key'][:6]}"
     try:
-        if s := finished_stamp(folder, t): return self._row('found', folder, s)
+        if s := finished_stamp(folder, t):
+            return self._row('found', folder, s)
         with folder_lock(folder, f"stage '{name}'"):
-            if s := finished_stamp(folder, t): return self._row('found', folder, s)
-            bad,t0 = remove_stale_outputs(folder),time.time()
-            begun = output_files(folder) or (folder/'checkpoint.pt').exists()
-            self._say(f'mending {folder.name}: {_list(bad)}' if bad else f"{'going on with' if begun else 'making'} {folder.name}")
+            if s := finished_stamp(folder, t):
+                return self._row('found', folder, s)
+            bad, t0 = remove_stale_outputs(folder), time.time()
+            begun = output_files(folder) or (folder / 'checkpoint.pt').exists()
+            self._say(
+                f'mending {folder.name}: {_list(bad)}'
+                if bad
+                else f"{'going on with' if begun else 'making'} {folder.name}"
+            )
             res = do(folder)
             if gone := missing_outputs(folder):
-                raise RuntimeError(f"stage '{name}': its function did not make again what was lost: {_list(gone)}. "
-                                   f"If it can only make all at once, remove {folder}")
+                raise RuntimeError(
+                    f"stage '{name}': its function did not make again what was lost: {_list(gone)}. "
+                    f"If it can only make all at once, remove {folder}"
+                )
             s = write_stamp(folder, t, res, t0)
-            (folder/MISSING_LIST).unlink(missing_ok=True)
+            (folder / MISSING_LIST).unlink(missing_ok=True)
             return self._row('mended' if bad else 'made', folder, s)
     except Exception as e:
         e.add_note(f"in stage '{name}', {folder}; what is finished there is kept")
         raise
 
-def _list(names): return ', '.join(names[:3])+(f' and {len(names)-3} more' if len(names)>3 else '')
+
+def _list(names):
+    return ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
 
 # %% ../../nbs/runs/08_pipeline.ipynb #8f391ba6
 def replace_input_paths(
-    x,      # anything made of dicts, lists and strings
-    inputs, # name -> path
+    x,  # anything made of dicts, lists and strings
+    inputs,  # name -> path
 ):
     "The same with paths of inputs, and paths below them, as `<name>` and `<name>/…`"
-    if isinstance(x, dict): return {k: replace_input_paths(v, inputs) for k,v in x.items()}
-    if isinstance(x, (list,tuple)): return [replace_input_paths(v, inputs) for v in x]
-    if not isinstance(x, str): return x
-    real = lambda p: resolve(p).resolve()
-    for n,p in sorted(inputs.items(), key=lambda i: -len(real(i[1]).parts)):                # the nearest first
-        if real(x).is_relative_to(real(p)): return '/'.join([f'<{n}>', *real(x).relative_to(real(p)).parts])
+    if isinstance(x, dict):
+        return {k: replace_input_paths(v, inputs) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [replace_input_paths(v, inputs) for v in x]
+    if not isinstance(x, str):
+        return x
+
+    def real(p):
+        return resolve(p).resolve()
+
+    for n, p in sorted(inputs.items(), key=lambda i: -len(real(i[1]).parts)):  # the nearest first
+        if real(x).is_relative_to(real(p)):
+            return '/'.join([f'<{n}>', *real(x).relative_to(real(p)).parts])
     return x
 
-def _paths(x)->list:
+
+def _paths(x) -> list:
     "The strings in it that are paths of something"
-    if isinstance(x, dict): return [p for v in x.values() for p in _paths(v)]
-    if isinstance(x, list): return [p for v in x for p in _paths(v)]
+    if isinstance(x, dict):
+        return [p for v in x.values() for p in _paths(v)]
+    if isinstance(x, list):
+        return [p for v in x for p in _paths(v)]
     return [x] if isinstance(x, str) and '/' in x and resolve(x).exists() else []
 
 # %% ../../nbs/runs/08_pipeline.ipynb #bae2ce0a
 def prepare_run_folder(
-    folder,   # of a run, in whatever state
-    r:Recipe,
+    folder,  # of a run, in whatever state
+    r: Recipe,
 ):
     "Leave in a run's folder only what `train_run` may go on from"
-    ckpt,log,weights,results,recipe,average = (Path(folder)/n for n in ('checkpoint.pt','log.jsonl','model.safetensors','metrics.json',
-                                                                        'recipe.json','swa.safetensors'))
+    ckpt, log, weights, results, recipe, average = (
+        Path(folder) / n
+        for n in (
+            'checkpoint.pt',
+            'log.jsonl',
+            'model.safetensors',
+            'metrics.json',
+            'recipe.json',
+            'swa.safetensors',
+        )
+    )
     it = (_read_or_none(load_torch_file, ckpt) or {}).get('it', 0)
     steps = [row['it'] for row in _read_or_none(read_log, log, r.steps) or ()]
-    if steps[:it]!=[*range(1, it+1)]: _unlink(ckpt, log)
-    if steps!=[*range(1, r.steps+1)] or not _read_or_none(load_weights, weights): _unlink(weights)
-    ends = [e for e in cycle_ends(r.steps, r.cycles) if e<=it or weights.exists()] if r.cycles else ()
-    if not all(_read_or_none(load_weights, Path(folder)/'snapshots'/f'{e}.safetensors') for e in ends): _unlink(ckpt, log, weights)
-    if not _read_or_none(read_json, recipe): _unlink(recipe, results)
-    if not weights.exists() or not _read_or_none(read_json, results) or r.cycles and not _read_or_none(load_weights, average): _unlink(results)
-    if took := input_hashes(r): write_json(Path(folder)/'inputs.json', took)
+    if steps[:it] != [*range(1, it + 1)]:
+        _unlink(ckpt, log)
+    if steps != [*range(1, r.steps + 1)] or not _read_or_none(load_weights, weights):
+        _unlink(weights)
+    ends = (
+        [e for e in cycle_ends(r.steps, r.cycles) if e <= it or weights.exists()]
+        if r.cycles
+        else ()
+    )
+    if not all(
+        _read_or_none(load_weights, Path(folder) / 'snapshots' / f'{e}.safetensors') for e in ends
+    ):
+        _unlink(ckpt, log, weights)
+    if not _read_or_none(read_json, recipe):
+        _unlink(recipe, results)
+    if (
+        not weights.exists()
+        or not _read_or_none(read_json, results)
+        or r.cycles
+        and not _read_or_none(load_weights, average)
+    ):
+        _unlink(results)
+    if took := input_hashes(r):
+        write_json(Path(folder) / 'inputs.json', took)
 
-def _unlink(*files): [f.unlink(missing_ok=True) for f in files]
+
+def _unlink(*files):
+    [f.unlink(missing_ok=True) for f in files]
+
+
 def _read_or_none(read, *args):
     "What is read, or None where there is no whole file"
-    try: return read(*args)
-    except (FileNotFoundError,ValueError): return None
+    try:
+        return read(*args)
+    except (FileNotFoundError, ValueError):
+        return None
 
 # %% ../../nbs/runs/08_pipeline.ipynb #74a6b4c6
 def update_input_paths(
-    folder,        # of a run, in whatever state
-    r:Recipe,      # with today's paths
-    settings:dict, # its identity with inputs by name
+    folder,  # of a run, in whatever state
+    r: Recipe,  # with today's paths
+    settings: dict,  # its identity with inputs by name
 ):
     "Write today's paths of inputs into a run's recipes"
     new = recipe_dict(r)
-    paths = {k for k in new if new[k]!=settings[k]}
-    stale = lambda old: isinstance(old, dict) and old!=new and all(old.get(k)==new.get(k) for k in {*old,*new}-paths)
-    file,ckpt = Path(folder)/'recipe.json',Path(folder)/'checkpoint.pt'
-    if paths and (state := _read_or_none(load_torch_file, ckpt)) and stale(json.loads(state['recipe'])):
+    paths = {k for k in new if new[k] != settings[k]}
+
+    def stale(old):
+        return (
+            isinstance(old, dict)
+            and old != new
+            and all(old.get(k) == new.get(k) for k in {*old, *new} - paths)
+        )
+
+    file, ckpt = Path(folder) / 'recipe.json', Path(folder) / 'checkpoint.pt'
+    if (
+        paths
+        and (state := _read_or_none(load_torch_file, ckpt))
+        and stale(json.loads(state['recipe']))
+    ):
         atomic_write(ckpt, lambda p: torch.save(state | dict(recipe=json.dumps(new)), p))
-    if stale(_read_or_none(read_json, file)): write_json(file, new)
+    if stale(_read_or_none(read_json, file)):
+        write_json(file, new)
 
 # %% ../../nbs/runs/08_pipeline.ipynb #64073adb
 @patch
-def train(self:Pipeline,
-    name:str,
-    r:Recipe,
-    data_root='data', # where datasets are
-    inputs={},        # files and folders of earlier stages that the recipe names: name -> path
-)->Path: # folder of the run
+def train(
+    self: Pipeline,
+    name: str,
+    r: Recipe,
+    data_root='data',  # where datasets are
+    inputs={},  # files and folders of earlier stages that the recipe names: name -> path
+) -> Path:  # folder of the run
     "A run as a stage; its results are its metrics"
     settings = replace_input_paths(recipe_dict(r), inputs)
-    if lost := _paths({k:v for k,v in settings.items() if k!='datasets'}):
-        raise ValueError(f"stage '{name}': the recipe reads {', '.join(lost)}; this belongs among its `inputs`, so that its content counts")
+    if lost := _paths({k: v for k, v in settings.items() if k != 'datasets'}):
+        raise ValueError(
+            f"stage '{name}': the recipe reads {', '.join(lost)}; this belongs among its `inputs`, so that its content counts"
+        )
+
     def do(folder):
-        prepare_run_folder(folder, r); update_input_paths(folder, r, settings)
+        prepare_run_folder(folder, r)
+        update_input_paths(folder, r, settings)
         train_run(r, data_root, folder, self.quiet)
-        return read_json(folder/'metrics.json')
+        return read_json(folder / 'metrics.json')
+
     return self.stage(name, do, settings, inputs)
 
 # %% ../../nbs/runs/08_pipeline.ipynb #9e303a79
 @patch
-def results(self:Pipeline, folder)->dict:
+def results(self: Pipeline, folder) -> dict:
     "What a finished stage's function returned"
-    if s := read_stamp(folder): return s['results']
+    if s := read_stamp(folder):
+        return s['results']
     raise ValueError(f'{folder}: no finished stage; run the chain up to it')
 
+
 @patch
-def table(self:Pipeline)->pd.DataFrame: # a row per stage: stage, folder, state (found, made or mended), seconds, miou in %
+def table(
+    self: Pipeline,
+) -> (
+    pd.DataFrame
+):  # a row per stage: stage, folder, state (found, made or mended), seconds, miou in %
     "The chain as far as it was called"
+
     def row(folder, state, s):
         m = s['results'].get('miou')
-        return dict(stage=s['stage'], folder=folder.name, state=state, seconds=s['results'].get('seconds', s['seconds']),
-                    miou=m.get('student') if isinstance(m, dict) else m)
-    rows = [row(f, *x) for f,x in self.rows.items()]
-    return pd.DataFrame(rows, columns=['stage','folder','state','seconds','miou']).astype(dict(seconds=float, miou=float))
+        return dict(
+            stage=s['stage'],
+            folder=folder.name,
+            state=state,
+            seconds=s['results'].get('seconds', s['seconds']),
+            miou=m.get('student') if isinstance(m, dict) else m,
+        )
+
+    rows = [row(f, *x) for f, x in self.rows.items()]
+    return pd.DataFrame(rows, columns=['stage', 'folder', 'state', 'seconds', 'miou']).astype(
+        dict(seconds=float, miou=float)
+    )

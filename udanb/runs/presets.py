@@ -12,6 +12,7 @@ import inspect
 import re
 import typing
 from dataclasses import replace
+
 from ..core.utils import lookup
 from ..data.pairs import as_tuple, get_pair
 from ..data.transforms import AUGMENTATIONS
@@ -19,136 +20,281 @@ from ..methods.cluda import cluda
 from ..methods.daformer import dacs, daformer, self_training, source_only
 from ..methods.ddb import bridge, distill
 from ..methods.dida import dida
-from ..methods.extras import mmd, rare_class_paste, RARE_CLASSES, rare_classes, target_pass
+from ..methods.extras import RARE_CLASSES, mmd, rare_class_paste, rare_classes, target_pass
 from ..methods.mic import mic
 from ..models.backbones import BACKBONES
 from ..models.heads import HEADS
-from .recipe import _cast, pair_of, Recipe
+from .recipe import Recipe, _cast, pair_of
 
 # %% ../../nbs/runs/01_presets.ipynb #54f67db2
-def _teacher_args(r, strong): return dict(alpha=r.alpha, tau=r.tau, bn=r.bn, strong=strong, parity=r.parity, rows=_rows(r))
-def _rows(r): return tuple(round(n*r.crop[0]/512) for n in (15,120)) if r.margins=='rows' else (0,0)
+def _teacher_args(r, strong):
+    return dict(alpha=r.alpha, tau=r.tau, bn=r.bn, strong=strong, parity=r.parity, rows=_rows(r))
+
+
+def _rows(r):
+    return tuple(round(n * r.crop[0] / 512) for n in (15, 120)) if r.margins == 'rows' else (0, 0)
+
 
 METHODS = dict(  # name -> function(net, recipe, space, strong, **args)
-    source_only=lambda net,r,space,strong: source_only(net, r.parity),
-    oracle=lambda net,r,space,strong: source_only(net, r.parity),
-    selftrain=lambda net,r,space,strong: source_only(net, r.parity),
-    dacs=lambda net,r,space,strong,**kw: dacs(net, **_teacher_args(r, strong) | kw),
-    daformer=lambda net,r,space,strong,**kw: daformer(net, space.things, r.fd, **_teacher_args(r, strong) | kw),
-    ddb_cut=lambda net,r,space,strong,**kw: bridge(net, 'cut', **_teacher_args(r, strong) | kw),
-    ddb_class=lambda net,r,space,strong,**kw: bridge(net, 'class', **_teacher_args(r, strong) | kw),
-    distill=lambda net,r,space,strong,teachers=(),prototypes=None,**kw: distill(net, teachers, prototypes, **dict(strong=strong, parity=r.parity) | kw))
+    source_only=lambda net, r, space, strong: source_only(net, r.parity),
+    oracle=lambda net, r, space, strong: source_only(net, r.parity),
+    selftrain=lambda net, r, space, strong: source_only(net, r.parity),
+    dacs=lambda net, r, space, strong, **kw: dacs(net, **_teacher_args(r, strong) | kw),
+    daformer=lambda net, r, space, strong, **kw: daformer(
+        net, space.things, r.fd, **_teacher_args(r, strong) | kw
+    ),
+    ddb_cut=lambda net, r, space, strong, **kw: bridge(net, 'cut', **_teacher_args(r, strong) | kw),
+    ddb_class=lambda net, r, space, strong, **kw: bridge(
+        net, 'class', **_teacher_args(r, strong) | kw
+    ),
+    distill=lambda net, r, space, strong, teachers=(), prototypes=None, **kw: distill(
+        net, teachers, prototypes, **dict(strong=strong, parity=r.parity) | kw
+    ),
+)
 
-SUPERVISED_METHODS = 'source_only','oracle','selftrain'   # these never open an unlabelled image
+SUPERVISED_METHODS = 'source_only', 'oracle', 'selftrain'  # these never open an unlabelled image
 
 # %% ../../nbs/runs/01_presets.ipynb #d079e55b
-EXTENSIONS = dict(   # name -> function(method, net, recipe, space, strong, **args) that adds passes or criteria
-    mic=lambda m,net,r,space,strong,**kw: mic(m, net, **dict(strong=None if kw.get('mode')=='both' else strong, parity=r.parity) | kw),
-    dida=lambda m,net,r,space,strong,**kw: dida(m, net, len(space), **dict(parity=r.parity) | kw),
-    cluda=lambda m,net,r,space,strong,**kw: cluda(m, net, **dict(dim=r.dim or 256, after=round(.3*r.steps), parity=r.parity) | kw),
-    soft=lambda m,net,r,space,strong,**kw: target_pass(m, net, parity=r.parity, **kw),
-    paste=lambda m,net,r,space,strong,names=RARE_CLASSES,**kw: rare_class_paste(m, r.crop, rare_classes(space, names), **kw),
-    mmd=lambda m,net,r,space,strong,**kw: mmd(m, net, **kw))
+EXTENSIONS = dict(  # name -> function(method, net, recipe, space, strong, **args) that adds passes or criteria
+    mic=lambda m, net, r, space, strong, **kw: mic(
+        m, net, **dict(strong=None if kw.get('mode') == 'both' else strong, parity=r.parity) | kw
+    ),
+    dida=lambda m, net, r, space, strong, **kw: dida(
+        m, net, len(space), **dict(parity=r.parity) | kw
+    ),
+    cluda=lambda m, net, r, space, strong, **kw: cluda(
+        m, net, **dict(dim=r.dim or 256, after=round(0.3 * r.steps), parity=r.parity) | kw
+    ),
+    soft=lambda m, net, r, space, strong, **kw: target_pass(m, net, parity=r.parity, **kw),
+    paste=lambda m, net, r, space, strong, names=RARE_CLASSES, **kw: rare_class_paste(
+        m, r.crop, rare_classes(space, names), **kw
+    ),
+    mmd=lambda m, net, r, space, strong, **kw: mmd(m, net, **kw),
+)
 
-_HRDA = Recipe('daformer', hrda=True, scale=2., crop=(1024,1024), rcs_ratio=2.)
+_HRDA = Recipe('daformer', hrda=True, scale=2.0, crop=(1024, 1024), rcs_ratio=2.0)
 # DDB's authors: no blur in the paper's runs
-_DDB = Recipe('ddb_cut', backbone='resnet101_os8', head='dlv2_adapter', batch=4, alpha=.99, fd=0., rcs=False, margins='none', blur=0.)
+_DDB = Recipe(
+    'ddb_cut',
+    backbone='resnet101_os8',
+    head='dlv2_adapter',
+    batch=4,
+    alpha=0.99,
+    fd=0.0,
+    rcs=False,
+    margins='none',
+    blur=0.0,
+)
 
 RECIPES = dict(
     source_only=Recipe('source_only', rcs=False),
     oracle=Recipe('oracle', rcs=False),
-    dacs=Recipe('dacs', alpha=.99, rcs=False, fd=0.),
+    dacs=Recipe('dacs', alpha=0.99, rcs=False, fd=0.0),
     daformer=Recipe('daformer'),
     mic=Recipe('daformer', plus=('mic',)),
     dida=Recipe('daformer', plus=('dida',)),
-    dida_mic=Recipe('daformer', plus=('dida','mic')),
+    dida_mic=Recipe('daformer', plus=('dida', 'mic')),
     hrda=_HRDA,
     mic_hrda=replace(_HRDA, plus=('mic',)),
     cluda=Recipe('daformer', plus=('cluda',)),
     cluda_hrda=replace(_HRDA, plus=('cluda',)),
-    vfm=Recipe('daformer', plus=('mic',), backbone='dinov2_b', fd=0., layer_decay=.9, lr=7e-6, scale=2., crop=(1024,1024), rcs_ratio=2., rcs_T=.05),
-    ddb_cut=_DDB, ddb_class=replace(_DDB, method='ddb_class'),
+    vfm=Recipe(
+        'daformer',
+        plus=('mic',),
+        backbone='dinov2_b',
+        fd=0.0,
+        layer_decay=0.9,
+        lr=7e-6,
+        scale=2.0,
+        crop=(1024, 1024),
+        rcs_ratio=2.0,
+        rcs_T=0.05,
+    ),
+    ddb_cut=_DDB,
+    ddb_class=replace(_DDB, method='ddb_class'),
     distill=replace(_DDB, method='distill', augment='photometric'),
-    selftrain=Recipe('selftrain', rcs=False, fd=0.))
+    selftrain=Recipe('selftrain', rcs=False, fd=0.0),
+)
 
 # %% ../../nbs/runs/01_presets.ipynb #8fdc2f38
-METHOD_SIGNATURES = dict(daformer=(daformer,self_training), dacs=(dacs,self_training), ddb_cut=(bridge,), ddb_class=(bridge,), distill=(distill,),
-              mic=(mic,), dida=(dida,), cluda=(cluda,), soft=(target_pass,), paste=(rare_class_paste,), mmd=(mmd,))
+METHOD_SIGNATURES = dict(
+    daformer=(daformer, self_training),
+    dacs=(dacs, self_training),
+    ddb_cut=(bridge,),
+    ddb_class=(bridge,),
+    distill=(distill,),
+    mic=(mic,),
+    dida=(dida,),
+    cluda=(cluda,),
+    soft=(target_pass,),
+    paste=(rare_class_paste,),
+    mmd=(mmd,),
+)
+
 
 def method_arguments(
-    name, # a key of `METHODS` or `EXTENSIONS`
-)->set:
+    name,  # a key of `METHODS` or `EXTENSIONS`
+) -> set:
     "What `args` may set for a method or an addition"
-    given = {'method','net','n_classes','source_crits','kw','things','kind','size','classes','strong'}
-    return {k for f in METHOD_SIGNATURES.get(name, ()) for k in inspect.signature(f).parameters}-given | ({'names'} if name=='paste' else set())
+    given = {
+        'method',
+        'net',
+        'n_classes',
+        'source_crits',
+        'kw',
+        'things',
+        'kind',
+        'size',
+        'classes',
+        'strong',
+    }
+    return {
+        k for f in METHOD_SIGNATURES.get(name, ()) for k in inspect.signature(f).parameters
+    } - given | ({'names'} if name == 'paste' else set())
+
 
 def parse_numbers(v):
     "YAML reads 1e-1 as text: as a number, wherever it stands"
-    if isinstance(v, dict): return {k: parse_numbers(x) for k,x in v.items()}
-    if isinstance(v, (list,tuple)): return type(v)(map(parse_numbers, v))
+    if isinstance(v, dict):
+        return {k: parse_numbers(x) for k, x in v.items()}
+    if isinstance(v, (list, tuple)):
+        return type(v)(map(parse_numbers, v))
     return float(v) if isinstance(v, str) and re.fullmatch(r'[-+]?[\d.]+[eE][-+]?\d+', v) else v
 
 # %% ../../nbs/runs/01_presets.ipynb #f7b5d2bc
 PAIR_PRESETS = dict(
     gta=dict(),
-    town=dict(backbone='tf_efficientnet_lite0', head='daformer', dim=64, batch=2, steps=600, fit=(240,320), crop=(192,256), lr=3e-4, head_mult=30.,
-              warmup=50, alpha=.98, freeze_bn=True, rcs_px=256, eval_every=200, save_every=100, before=True),
-    demo=dict(backbone='tf_efficientnet_lite0', head='daformer', dim=64, batch=2, steps=300, crop=(128,128), lr=3e-4, head_mult=30., warmup=30, alpha=.98,
-              freeze_bn=True, rcs_px=48, eval_every=100, save_every=100, before=True))
+    town=dict(
+        backbone='tf_efficientnet_lite0',
+        head='daformer',
+        dim=64,
+        batch=2,
+        steps=600,
+        fit=(240, 320),
+        crop=(192, 256),
+        lr=3e-4,
+        head_mult=30.0,
+        warmup=50,
+        alpha=0.98,
+        freeze_bn=True,
+        rcs_px=256,
+        eval_every=200,
+        save_every=100,
+        before=True,
+    ),
+    demo=dict(
+        backbone='tf_efficientnet_lite0',
+        head='daformer',
+        dim=64,
+        batch=2,
+        steps=300,
+        crop=(128, 128),
+        lr=3e-4,
+        head_mult=30.0,
+        warmup=30,
+        alpha=0.98,
+        freeze_bn=True,
+        rcs_px=48,
+        eval_every=100,
+        save_every=100,
+        before=True,
+    ),
+)
 
-HRDA_PRESETS = dict(town=dict(fit=(360,480), crop=(288,384), rcs_ratio=1.125), demo=dict(rcs_ratio=.5))   # and for HRDA
+HRDA_PRESETS = dict(
+    town=dict(fit=(360, 480), crop=(288, 384), rcs_ratio=1.125), demo=dict(rcs_ratio=0.5)
+)  # and for HRDA
 
 # %% ../../nbs/runs/01_presets.ipynb #29da6e0f
-def _one_or_tuple(names): return names[0] if len(names)==1 else names    # one name, or several
+def _one_or_tuple(names):
+    return names[0] if len(names) == 1 else names  # one name, or several
+
 
 def make_recipe(
     name='daformer',  # a key of `RECIPES`
-    source='gta',     # a source dataset
-    target=None,      # None = the source's usual partner
-    over={},          # fields to set otherwise, last word
-    **kw,             # the same, but None = leave as it is (a notebook's own parameters)
-)->Recipe:
+    source='gta',  # a source dataset
+    target=None,  # None = the source's usual partner
+    over={},  # fields to set otherwise, last word
+    **kw,  # the same, but None = leave as it is (a notebook's own parameters)
+) -> Recipe:
     "The named recipe at the pair's size, with your changes"
-    r,hints = lookup(name, RECIPES, 'recipe'),typing.get_type_hints(Recipe)
-    new = {k:v for k,v in kw.items() if v is not None} | dict(over)
-    source,target = (x and _one_or_tuple(as_tuple(x)) for x in (source,target))
+    r, hints = lookup(name, RECIPES, 'recipe'), typing.get_type_hints(Recipe)
+    new = {k: v for k, v in kw.items() if v is not None} | dict(over)
+    source, target = (x and _one_or_tuple(as_tuple(x)) for x in (source, target))
     usual = get_pair(source, target, new.get('datasets') or {})
-    size = {k:v for k,v in PAIR_PRESETS.get(as_tuple(source)[0], {}).items() if k not in ('alpha','fd') or getattr(r,k)}
-    if new.get('hrda', r.hrda): size |= HRDA_PRESETS.get(as_tuple(source)[0], {})
-    r = replace(r, **size | dict(source=source, target=target or _one_or_tuple(tuple('demo' if t.name=='demo_target' else t.name for t in usual.targets))))
-    r = replace(r, **{k: _cast(k, v, lookup(k, hints, 'recipe field')) for k,v in new.items()})
+    size = {
+        k: v
+        for k, v in PAIR_PRESETS.get(as_tuple(source)[0], {}).items()
+        if k not in ('alpha', 'fd') or getattr(r, k)
+    }
+    if new.get('hrda', r.hrda):
+        size |= HRDA_PRESETS.get(as_tuple(source)[0], {})
+    r = replace(
+        r,
+        **size
+        | dict(
+            source=source,
+            target=target
+            or _one_or_tuple(
+                tuple('demo' if t.name == 'demo_target' else t.name for t in usual.targets)
+            ),
+        ),
+    )
+    r = replace(r, **{k: _cast(k, v, lookup(k, hints, 'recipe field')) for k, v in new.items()})
     return validate_recipe(replace(r, args=parse_numbers(r.args)))
 
 # %% ../../nbs/runs/01_presets.ipynb #4bdf024d
-def validate_recipe(r:Recipe)->Recipe:
+def validate_recipe(r: Recipe) -> Recipe:
     "Refuse values that cannot work, before anything is loaded"
-    lookup(r.backbone, BACKBONES, 'backbone'); lookup(r.head, HEADS, 'head')
-    for n in r.plus: lookup(n, EXTENSIONS, 'addition')
-    for n,given in r.args.items():
-        lookup(n, (r.method,*r.plus), "method or addition with settings in `args`")
-        if not isinstance(given, dict): raise ValueError(f'args: {n}: {given!r} should be settings and their values, like {{w: 0.1}}')
-        for k in given: lookup(k, method_arguments(n), f'setting of {n}')
-    if r.pseudo and r.method!='selftrain': raise ValueError(f"method='{r.method}', pseudo={r.pseudo}: stored pseudo-labels are learned by the method selftrain")
-    lookup(r.method, METHODS, 'method'); lookup(r.margins, ('mask','rows','none'), 'margins'); lookup(r.precision, ('no','bf16','fp16'), 'precision')
-    for k in ('steps','batch','dim','ch','cycles'):
-        if getattr(r,k) is not None and getattr(r,k)<1: raise ValueError(f'{k}={getattr(r,k)}: this should be at least 1')
-    for a in as_tuple(r.augment): lookup(a, AUGMENTATIONS, 'augmentation')
-    if r.margins=='rows' and r.method in ('distill','selftrain'):
-        raise ValueError(f"margins='rows': {r.method} has no teacher that would leave rows of the crop out; use 'mask' or 'none'")
-    if r.cycles and not r.init: raise ValueError(f'cycles={r.cycles}: weight averaging goes on from a trained network; give its weights as `init`')
+    lookup(r.backbone, BACKBONES, 'backbone')
+    lookup(r.head, HEADS, 'head')
+    for n in r.plus:
+        lookup(n, EXTENSIONS, 'addition')
+    for n, given in r.args.items():
+        lookup(n, (r.method, *r.plus), "method or addition with settings in `args`")
+        if not isinstance(given, dict):
+            raise ValueError(
+                f'args: {n}: {given!r} should be settings and their values, like {{w: 0.1}}'
+            )
+        for k in given:
+            lookup(k, method_arguments(n), f'setting of {n}')
+    if r.pseudo and r.method != 'selftrain':
+        raise ValueError(
+            f"method='{r.method}', pseudo={r.pseudo}: stored pseudo-labels are learned by the method selftrain"
+        )
+    lookup(r.method, METHODS, 'method')
+    lookup(r.margins, ('mask', 'rows', 'none'), 'margins')
+    lookup(r.precision, ('no', 'bf16', 'fp16'), 'precision')
+    for k in ('steps', 'batch', 'dim', 'ch', 'cycles'):
+        if getattr(r, k) is not None and getattr(r, k) < 1:
+            raise ValueError(f'{k}={getattr(r, k)}: this should be at least 1')
+    for a in as_tuple(r.augment):
+        lookup(a, AUGMENTATIONS, 'augmentation')
+    if r.margins == 'rows' and r.method in ('distill', 'selftrain'):
+        raise ValueError(
+            f"margins='rows': {r.method} has no teacher that would leave rows of the crop out; use 'mask' or 'none'"
+        )
+    if r.cycles and not r.init:
+        raise ValueError(
+            f'cycles={r.cycles}: weight averaging goes on from a trained network; give its weights as `init`'
+        )
     pair_of(r)
-    for k in ('crop','fit'):
-        if (v := getattr(r,k)) is not None and (len(v)!=2 or min(v)<1): raise ValueError(f'{k}={v}: this should be a height and a width')
-    if not 0<=r.alpha<1 or not 0<=r.tau<=1: raise ValueError(f'alpha={r.alpha}, tau={r.tau}: both are shares between 0 and 1')
+    for k in ('crop', 'fit'):
+        if (v := getattr(r, k)) is not None and (len(v) != 2 or min(v) < 1):
+            raise ValueError(f'{k}={v}: this should be a height and a width')
+    if not 0 <= r.alpha < 1 or not 0 <= r.tau <= 1:
+        raise ValueError(f'alpha={r.alpha}, tau={r.tau}: both are shares between 0 and 1')
     return r
 
 # %% ../../nbs/runs/01_presets.ipynb #59b34294
 def check_papermill_parameters(
-    cells, # the sources of the cells run so far: IPython's `In`
-    known, # names of the notebook's parameters
+    cells,  # the sources of the cells run so far: IPython's `In`
+    known,  # names of the notebook's parameters
 ):
     "Raise `ValueError` for a parameter given on papermill's command line that the notebook does not have"
     for src in cells:
-        if not src.startswith('# Parameters\n'): continue
+        if not src.startswith('# Parameters\n'):
+            continue
         for node in ast.parse(src).body:
-            for t in getattr(node, 'targets', ()): lookup(t.id, known, 'parameter')
+            for t in getattr(node, 'targets', ()):
+                lookup(t.id, known, 'parameter')

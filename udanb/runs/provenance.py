@@ -11,53 +11,97 @@ import json
 import platform
 import resource
 import subprocess
+
 import albumentations
 import segmentation_models_pytorch as smp
 import timm
 import torch
 import torchvision
+
 from ..checkpoints.weights import load_weights
 from ..core.state_dicts import weights_hash
 from ..core.utils import project_root, resolve
-from .recipe import pair_of, Recipe, recipe_dict
+from .recipe import Recipe, pair_of, recipe_dict
 
 # %% ../../nbs/runs/03_provenance.ipynb #a3f8b5e5
 def input_hashes(
-    r:Recipe,
-)->dict: # its place in the recipe, like args.distill.teachers.0 -> first digits of a SHA-256 (tensors, other files' bytes, a pseudo-label journal)
+    r: Recipe,
+) -> dict:  # its place in the recipe, like args.distill.teachers.0 -> first digits of a SHA-256 (tensors, other files' bytes, a pseudo-label journal)
     "What a run takes from files"
-    def walk(k, x):
-        if isinstance(x, str): yield k,x
-        elif isinstance(x, (dict,list,tuple)):
-            for i,v in x.items() if isinstance(x, dict) else enumerate(x): yield from walk(f'{k}.{i}', v)
-    named = [*walk('init', r.init), *walk('weights', r.weights), *((k,f'{d}/pseudo.jsonl') for k,d in walk('pseudo', r.pseudo)), *walk('args', r.args)]
-    return {k: h for k,f in named if '/' in f and (h := file_hash(resolve(f)))}
 
-def file_hash(path)->str|None: # 12 hexadecimal digits; None where nothing is
+    def walk(k, x):
+        if isinstance(x, str):
+            yield k, x
+        elif isinstance(x, (dict, list, tuple)):
+            for i, v in x.items() if isinstance(x, dict) else enumerate(x):
+                yield from walk(f'{k}.{i}', v)
+
+    named = [
+        *walk('init', r.init),
+        *walk('weights', r.weights),
+        *((k, f'{d}/pseudo.jsonl') for k, d in walk('pseudo', r.pseudo)),
+        *walk('args', r.args),
+    ]
+    return {k: h for k, f in named if '/' in f and (h := file_hash(resolve(f)))}
+
+
+def file_hash(path) -> str | None:  # 12 hexadecimal digits; None where nothing is
     "What a file holds, or the files of a folder; safetensors without what they say about themselves"
-    if path.is_dir(): return hashlib.sha256(''.join(f'{p.name} {file_hash(p)}' for p in sorted(path.iterdir()) if p.is_file()).encode()).hexdigest()[:12]
-    if not path.is_file(): return None
-    if path.suffix=='.safetensors': return weights_hash(load_weights(path)[0], 12)
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()[:12]
+    if path.is_dir():
+        return hashlib.sha256(
+            ''.join(
+                f'{p.name} {file_hash(p)}' for p in sorted(path.iterdir()) if p.is_file()
+            ).encode()
+        ).hexdigest()[:12]
+    if not path.is_file():
+        return None
+    if path.suffix == '.safetensors':
+        return weights_hash(load_weights(path)[0], 12)
+    with open(path, 'rb') as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()[:12]
 
 # %% ../../nbs/runs/03_provenance.ipynb #0c874cdc
-def checkpoint_metadata(r)->dict:
+def checkpoint_metadata(r) -> dict:
     "What a weights file says: recipe and classes"
     return dict(recipe=json.dumps(recipe_dict(r)), classes=json.dumps(pair_of(r).space.classes))
 
 # %% ../../nbs/runs/03_provenance.ipynb #c0285182
-def versions()->dict:
+def versions() -> dict:
     "What was installed"
-    return dict(python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__, timm=timm.__version__,
-                smp=smp.__version__, albumentations=albumentations.__version__)
+    return dict(
+        python=platform.python_version(),
+        torch=torch.__version__,
+        torchvision=torchvision.__version__,
+        timm=timm.__version__,
+        smp=smp.__version__,
+        albumentations=albumentations.__version__,
+    )
 
-def git_commit()->str|None: # short hash, '+' if there are uncommitted changes; None outside git
+
+def git_commit() -> (
+    str | None
+):  # short hash, '+' if there are uncommitted changes; None outside git
     "Which code this was"
-    git = lambda *a: subprocess.run(['git', '-C', project_root(), *a], capture_output=True, text=True).stdout.strip()
-    try: return (h := git('rev-parse', '--short', 'HEAD') or None) and h+('+' if git('status', '--porcelain', '-uno') else '')
-    except FileNotFoundError: return None
 
-def peak_memory(device)->int: # MiB: of the GPU's allocator, or the process's largest resident size
+    def git(*a):
+        return subprocess.run(
+            ['git', '-C', project_root(), *a], capture_output=True, text=True
+        ).stdout.strip()
+
+    try:
+        return (h := git('rev-parse', '--short', 'HEAD') or None) and h + (
+            '+' if git('status', '--porcelain', '-uno') else ''
+        )
+    except FileNotFoundError:
+        return None
+
+
+def peak_memory(
+    device,
+) -> int:  # MiB: of the GPU's allocator, or the process's largest resident size
     "How much memory was needed"
-    if torch.device(device).type=='cuda': return torch.cuda.max_memory_allocated(device)>>20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if platform.system()=='Darwin' else 10)
+    if torch.device(device).type == 'cuda':
+        return torch.cuda.max_memory_allocated(device) >> 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (
+        20 if platform.system() == 'Darwin' else 10
+    )

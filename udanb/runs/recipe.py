@@ -9,18 +9,21 @@ __all__ = ['EXECUTION_FIELDS', 'ExecutionConfig', 'After', 'Recipe', 'recipe_dic
 import json
 import typing
 from dataclasses import asdict, dataclass, field, fields
+
 from ..core.utils import lookup
-from ..data.pairs import get_pair, Pair
+from ..data.pairs import Pair, get_pair
 
 # %% ../../nbs/runs/00_recipe.ipynb #429421ea
 @dataclass(frozen=True, kw_only=True)
 class ExecutionConfig:
     "What changes how a run is carried out, but not its numbers; a run may be resumed with other values"
-    eval_every:int = 4000        # steps
-    save_every:int = 500         # steps between checkpoints
-    cache:bool = True            # read the resized cache where prepare_data has written it
-    workers:int|None = None      # loader processes; None = 0 on a CPU, 4 beside a GPU
-    before:bool = False          # also train source-only with the same budget, to compare with
+
+    eval_every: int = 4000  # steps
+    save_every: int = 500  # steps between checkpoints
+    cache: bool = True  # read the resized cache where prepare_data has written it
+    workers: int | None = None  # loader processes; None = 0 on a CPU, 4 beside a GPU
+    before: bool = False  # also train source-only with the same budget, to compare with
+
 
 EXECUTION_FIELDS = tuple(f.name for f in fields(ExecutionConfig))
 
@@ -28,94 +31,134 @@ EXECUTION_FIELDS = tuple(f.name for f in fields(ExecutionConfig))
 @dataclass(frozen=True, kw_only=True)
 class After(ExecutionConfig):
     "What a run takes from earlier runs, and whether it ends in an average"
-    init:str|None = None         # weights of a whole network to begin with, a run's model.safetensors; None = only the encoder's
-    pseudo:str|tuple[str,...]|None = None # stored pseudo-labels of each target, for `selftrain`; see the page pseudo
-    cycles:int|None = None       # stochastic weight averaging: cycles of the learning rate, each ends in a snapshot; None = without
+
+    init: str | None = (
+        None  # weights of a whole network to begin with, a run's model.safetensors; None = only the encoder's
+    )
+    pseudo: str | tuple[str, ...] | None = (
+        None  # stored pseudo-labels of each target, for `selftrain`; see the page pseudo
+    )
+    cycles: int | None = (
+        None  # stochastic weight averaging: cycles of the learning rate, each ends in a snapshot; None = without
+    )
 
 # %% ../../nbs/runs/00_recipe.ipynb #ea844346
 @dataclass(frozen=True)
 class Recipe(After):
     "All that decides a run's numbers, and how it is carried out"
-    method:str = 'daformer'      # a key of `METHODS`
-    plus:tuple[str,...] = ()     # what is added to it, keys of `EXTENSIONS`, in this order
-    args:dict = field(default_factory=dict)         # settings of the method and the additions: name -> {argument: value}
-    source:str|tuple[str,...] = 'gta'        # labelled domain, or several
-    target:str|tuple[str,...] = 'cityscapes' # unlabelled domain, or several; each is evaluated on its val
-    datasets:dict = field(default_factory=dict)     # your own: name -> description, see the page own
-    source_weights:tuple[float,...]|None = None     # how often each source is drawn; None = by its number of images
-    seed:int = 0
-    backbone:str = 'mit_b5'      # see the backbones page
-    weights:str|None = 'imagenet'# of the encoder: 'imagenet', another tag, a path, or None = random
-    drop_path:float|None = None  # stochastic depth of the last block; None = the encoder's usual
-    hrda:bool = False            # context and detail, see the hrda page
-    head:str = 'daformer'        # see the heads page
-    dim:int|None = None          # the head's embedding; None = its usual, 256 for DAFormer's
-    ch:int|None = None           # channels of its fusion; None = `dim`
-    steps:int = 40_000
-    batch:int = 2                # images of each domain per step
-    scale:float = 1.             # times each dataset's usual size
-    fit:tuple[int,...]|None = None   # (H,W) all images are fitted into; None = each dataset's usual size
-    crop:tuple[int,...] = (512,512)  # (h,w)
-    cat_max:float|None = .75     # redraw source crops in which one class covers more
-    augment:str|tuple[str,...] = 'none'  # of labelled images: 'photometric', 'noise', 'grid', see the transforms
-    lr:float = 6e-5              # of the encoder
-    head_mult:float = 10.        # the head learns faster
-    layer_decay:float|None = None# factor of the rate from each layer of the encoder to the one below; None = all alike
-    wd:float = .01
-    warmup:int = 1500            # steps
-    power:float = 1.             # of the decay
-    alpha:float = .999           # the teacher's decay
-    tau:float = .968             # what counts as a sure pixel
-    bn:str = 'batch'             # the teacher's BatchNorm, 'batch' or 'student'
-    freeze_bn:bool = False       # an encoder with ImageNet weights keeps its BatchNorm statistics
-    fd:float = .005              # λ of the feature distance, 0 = without
-    rcs:bool = True              # rare-class sampling
-    rcs_T:float = .01            # its temperature
-    rcs_px:int = 3000            # pixels a file must have of the class, native size
-    rcs_ratio:float = .5         # the crop must hold `scaled_rcs_limits*rcs_ratio`
-    margins:str = 'mask'         # the target's margins: 'mask' (HRDA), 'rows' (DAFormer: 15/120 of 512 crop rows), 'none'
-    jitter:float = .8            # probability of colour jitter on mixed images
-    blur:float = .5              # probability of blur on mixed images
-    parity:bool = False          # published quirks, see the pages
-    precision:str = 'no'         # 'no' = float32, 'bf16', 'fp16'
-    limit:int|None = None        # at most so many images per folder
-    skip_broken:bool = False     # leave unreadable files out, and report them at the end, instead of stopping
+
+    method: str = 'daformer'  # a key of `METHODS`
+    plus: tuple[str, ...] = ()  # what is added to it, keys of `EXTENSIONS`, in this order
+    args: dict = field(
+        default_factory=dict
+    )  # settings of the method and the additions: name -> {argument: value}
+    source: str | tuple[str, ...] = 'gta'  # labelled domain, or several
+    target: str | tuple[str, ...] = (
+        'cityscapes'  # unlabelled domain, or several; each is evaluated on its val
+    )
+    datasets: dict = field(default_factory=dict)  # your own: name -> description, see the page own
+    source_weights: tuple[float, ...] | None = (
+        None  # how often each source is drawn; None = by its number of images
+    )
+    seed: int = 0
+    backbone: str = 'mit_b5'  # see the backbones page
+    weights: str | None = (
+        'imagenet'  # of the encoder: 'imagenet', another tag, a path, or None = random
+    )
+    drop_path: float | None = None  # stochastic depth of the last block; None = the encoder's usual
+    hrda: bool = False  # context and detail, see the hrda page
+    head: str = 'daformer'  # see the heads page
+    dim: int | None = None  # the head's embedding; None = its usual, 256 for DAFormer's
+    ch: int | None = None  # channels of its fusion; None = `dim`
+    steps: int = 40_000
+    batch: int = 2  # images of each domain per step
+    scale: float = 1.0  # times each dataset's usual size
+    fit: tuple[int, ...] | None = (
+        None  # (H,W) all images are fitted into; None = each dataset's usual size
+    )
+    crop: tuple[int, ...] = (512, 512)  # (h,w)
+    cat_max: float | None = 0.75  # redraw source crops in which one class covers more
+    augment: str | tuple[str, ...] = (
+        'none'  # of labelled images: 'photometric', 'noise', 'grid', see the transforms
+    )
+    lr: float = 6e-5  # of the encoder
+    head_mult: float = 10.0  # the head learns faster
+    layer_decay: float | None = (
+        None  # factor of the rate from each layer of the encoder to the one below; None = all alike
+    )
+    wd: float = 0.01
+    warmup: int = 1500  # steps
+    power: float = 1.0  # of the decay
+    alpha: float = 0.999  # the teacher's decay
+    tau: float = 0.968  # what counts as a sure pixel
+    bn: str = 'batch'  # the teacher's BatchNorm, 'batch' or 'student'
+    freeze_bn: bool = False  # an encoder with ImageNet weights keeps its BatchNorm statistics
+    fd: float = 0.005  # λ of the feature distance, 0 = without
+    rcs: bool = True  # rare-class sampling
+    rcs_T: float = 0.01  # its temperature
+    rcs_px: int = 3000  # pixels a file must have of the class, native size
+    rcs_ratio: float = 0.5  # the crop must hold `scaled_rcs_limits*rcs_ratio`
+    margins: str = 'mask'  # the target's margins: 'mask' (HRDA), 'rows' (DAFormer: 15/120 of 512 crop rows), 'none'
+    jitter: float = 0.8  # probability of colour jitter on mixed images
+    blur: float = 0.5  # probability of blur on mixed images
+    parity: bool = False  # published quirks, see the pages
+    precision: str = 'no'  # 'no' = float32, 'bf16', 'fp16'
+    limit: int | None = None  # at most so many images per folder
+    skip_broken: bool = (
+        False  # leave unreadable files out, and report them at the end, instead of stopping
+    )
 
 # %% ../../nbs/runs/00_recipe.ipynb #57994f14
 def recipe_dict(
-    r:Recipe,
-)->dict: # the fields that decide the numbers, as JSON would give them back
+    r: Recipe,
+) -> dict:  # the fields that decide the numbers, as JSON would give them back
     "What two runs must share to be the same run"
-    return json.loads(json.dumps({k:v for k,v in asdict(r).items() if k not in EXECUTION_FIELDS}))
+    return json.loads(json.dumps({k: v for k, v in asdict(r).items() if k not in EXECUTION_FIELDS}))
 
 
 def from_json(
-    d:dict, # what `recipe_dict` gave, read from a file
-)->Recipe:
+    d: dict,  # what `recipe_dict` gave, read from a file
+) -> Recipe:
     "A recipe back; fields it does not know are refused"
-    for k in d: lookup(k, {f.name for f in fields(Recipe)}, 'recipe field')
-    return Recipe(**{k: tuple(v) if isinstance(v,list) else v for k,v in d.items()})
+    for k in d:
+        lookup(k, {f.name for f in fields(Recipe)}, 'recipe field')
+    return Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in d.items()})
 
 # %% ../../nbs/runs/00_recipe.ipynb #55bd1887
 def _one(v, kind):
     "`v` as one of the plain types; raises if it is something else"
-    if kind in (str,bool,dict): ok = isinstance(v, kind)
-    elif kind in (int,float): v,ok = kind(v),not isinstance(v, bool) and kind(v)==float(v)
-    else: v,ok = tuple(_one(x, typing.get_args(kind)[0]) for x in v),isinstance(v, (list,tuple))
-    if not ok: raise TypeError
+    if kind in (str, bool, dict):
+        ok = isinstance(v, kind)
+    elif kind in (int, float):
+        v, ok = kind(v), not isinstance(v, bool) and kind(v) == float(v)
+    else:
+        v, ok = tuple(_one(x, typing.get_args(kind)[0]) for x in v), isinstance(v, (list, tuple))
+    if not ok:
+        raise TypeError
     return v
+
 
 def _cast(name, v, hint):
     "`v` as the field's type; `ValueError` if it is something else"
     kinds = (hint,) if typing.get_origin(hint) is tuple else typing.get_args(hint) or (hint,)
-    if v is None and type(None) in kinds: return v
+    if v is None and type(None) in kinds:
+        return v
     for kind in kinds:
-        try: return _one(v, kind)
-        except (TypeError,ValueError): pass
-    say = ' or '.join('a list of '+typing.get_args(k)[0].__name__ if typing.get_args(k) else 'None' if k is type(None) else k.__name__ for k in kinds)
+        try:
+            return _one(v, kind)
+        except (TypeError, ValueError):
+            pass
+    say = ' or '.join(
+        'a list of ' + typing.get_args(k)[0].__name__
+        if typing.get_args(k)
+        else 'None'
+        if k is type(None)
+        else k.__name__
+        for k in kinds
+    )
     raise ValueError(f'{name}={v!r}: this should be {say}')
 
 # %% ../../nbs/runs/00_recipe.ipynb #f59ae634
-def pair_of(r:Recipe)->Pair:
+def pair_of(r: Recipe) -> Pair:
     "What it is trained and evaluated on"
     return get_pair(r.source, r.target, r.datasets, r.source_weights)

@@ -11,117 +11,173 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
+
 import cv2
 import torch
-from ..checkpoints.weights import load_weights, load_weights_into, NETWORK_FILES
+
+from ..checkpoints.weights import NETWORK_FILES, load_weights, load_weights_into
 from ..core.storage import read_json
 from ..core.types import collate
 from ..core.utils import lookup, resolve
 from ..data.pairs import as_tuple
 from ..data.transforms import resize_keep_ratio, to_sample
 from .build import build_network, datasets_of, eval_image_size
-from .presets import make_recipe, RECIPES
-from .recipe import from_json, pair_of, Recipe, recipe_dict
+from .presets import RECIPES, make_recipe
+from .recipe import Recipe, from_json, pair_of, recipe_dict
 from ..training.callbacks import read_log
 
 # %% ../../nbs/runs/04_results.ipynb #8c0446c9
-def recipe_name(r:Recipe)->str:
+def recipe_name(r: Recipe) -> str:
     "The name of the recipe with this method, additions and kind of network; if there is none, that without the additions, and these: hrda+mic+soft"
-    kind = lambda x: (x.method,x.plus,x.hrda,bool(x.layer_decay and not x.fd))
-    plain = next((n for n,x in RECIPES.items() if kind(x)==kind(replace(r, plus=()))), r.method)
-    return next((n for n,x in RECIPES.items() if kind(x)==kind(r)), '+'.join((plain,*r.plus)))
 
-def run_name(r:Recipe)->str:
+    def kind(x):
+        return (x.method, x.plus, x.hrda, bool(x.layer_decay and not x.fd))
+
+    plain = next((n for n, x in RECIPES.items() if kind(x) == kind(replace(r, plus=()))), r.method)
+    return next((n for n, x in RECIPES.items() if kind(x) == kind(r)), '+'.join((plain, *r.plus)))
+
+
+def run_name(r: Recipe) -> str:
     "Like `town-camvid-daformer-s0`, with a hash if anything was changed"
     name = recipe_name(r)
-    usual = recipe_dict(make_recipe(name.split('+')[0], r.source, r.target, seed=r.seed, datasets=r.datasets)); mine = recipe_dict(r)
-    tag = '' if mine==usual else '-'+hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()[:6]
+    usual = recipe_dict(
+        make_recipe(name.split('+')[0], r.source, r.target, seed=r.seed, datasets=r.datasets)
+    )
+    mine = recipe_dict(r)
+    tag = (
+        ''
+        if mine == usual
+        else '-' + hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()[:6]
+    )
     return f'{"+".join(as_tuple(r.source))}-{"+".join(as_tuple(r.target))}-{name}-s{r.seed}{tag}'
 
 # %% ../../nbs/runs/04_results.ipynb #0fb4afc5
-RUN_NETWORK_FILES = NETWORK_FILES | dict(swa='swa.safetensors')   # of a run, and where they are
+RUN_NETWORK_FILES = NETWORK_FILES | dict(swa='swa.safetensors')  # of a run, and where they are
 
 # %% ../../nbs/runs/04_results.ipynb #b8d07795
 def read_run(
-    out, # folder of a run
-)->tuple: # rows of the log, metrics
+    out,  # folder of a run
+) -> tuple:  # rows of the log, metrics
     "The log and the metrics"
-    m = read_json(Path(out)/'metrics.json')
-    return read_log(Path(out)/'log.jsonl', m['steps']), m
+    m = read_json(Path(out) / 'metrics.json')
+    return read_log(Path(out) / 'log.jsonl', m['steps']), m
+
 
 def load_run(
-    out,             # folder of a run
-    which='student', # 'teacher' is read from the checkpoint; 'swa' is the average of a run with `cycles`
-)->torch.nn.Module: # in evaluation mode
+    out,  # folder of a run
+    which='student',  # 'teacher' is read from the checkpoint; 'swa' is the average of a run with `cycles`
+) -> torch.nn.Module:  # in evaluation mode
     "A network of a run; a file that is not there raises `FileNotFoundError`"
-    r = from_json(read_json(Path(out)/'recipe.json'))
+    r = from_json(read_json(Path(out) / 'recipe.json'))
     net = build_network(r, len(pair_of(r).space))
-    load_weights_into(net, Path(out)/lookup(which, RUN_NETWORK_FILES, 'network of a run'), 'student' if which=='swa' else which)
+    load_weights_into(
+        net,
+        Path(out) / lookup(which, RUN_NETWORK_FILES, 'network of a run'),
+        'student' if which == 'swa' else which,
+    )
     return net.eval()
 
 # %% ../../nbs/runs/04_results.ipynb #44bd6f02
 def open_run(
-    path=None,       # folder of a run or a soup, or a .safetensors that says its recipe; None = the newest run of the demo
-    which='student', # see `load_run`
-)->tuple: # network in evaluation mode on the GPU, if there is one; `Recipe`; name
+    path=None,  # folder of a run or a soup, or a .safetensors that says its recipe; None = the newest run of the demo
+    which='student',  # see `load_run`
+) -> tuple:  # network in evaluation mode on the GPU, if there is one; `Recipe`; name
     "What the notebooks that use a trained network begin with"
-    if path is None and not (runs := sorted(resolve('outputs').glob('demo-*/model.safetensors'), key=lambda f: f.stat().st_mtime)):
-        raise FileNotFoundError(f"no demo run in {resolve('outputs')}: run `make demo` first (a few minutes), or give `run`")
+    if path is None and not (
+        runs := sorted(
+            resolve('outputs').glob('demo-*/model.safetensors'), key=lambda f: f.stat().st_mtime
+        )
+    ):
+        raise FileNotFoundError(
+            f"no demo run in {resolve('outputs')}: run `make demo` first (a few minutes), or give `run`"
+        )
     path = resolve(path) if path else runs[-1].parent
-    if not path.exists(): raise FileNotFoundError(f'{path}: there is no such run; give the folder of a run or a .safetensors file')
-    if (path/'recipe.json').exists(): net,r = load_run(path, which),from_json(read_json(path/'recipe.json'))
-    else: net,r = _of_file(_only(path) if path.is_dir() else path, which)
-    return net.to('cuda' if torch.cuda.is_available() else 'cpu'),r,path.stem+('' if which=='student' else f'-{which}')
+    if not path.exists():
+        raise FileNotFoundError(
+            f'{path}: there is no such run; give the folder of a run or a .safetensors file'
+        )
+    if (path / 'recipe.json').exists():
+        net, r = load_run(path, which), from_json(read_json(path / 'recipe.json'))
+    else:
+        net, r = _of_file(_only(path) if path.is_dir() else path, which)
+    return (
+        net.to('cuda' if torch.cuda.is_available() else 'cpu'),
+        r,
+        path.stem + ('' if which == 'student' else f'-{which}'),
+    )
+
 
 def _only(folder):
     "The one file of weights in a folder"
     files = sorted(folder.glob('*.safetensors'))
-    if len(files)!=1:
-        raise FileNotFoundError(f'{folder} is not the folder of a run (it has no recipe.json) and holds {len(files)} .safetensors files; give one of them')
+    if len(files) != 1:
+        raise FileNotFoundError(
+            f'{folder} is not the folder of a run (it has no recipe.json) and holds {len(files)} .safetensors files; give one of them'
+        )
     return files[0]
+
 
 def _of_file(file, which):
     "Network and recipe of one file of weights"
     meta = load_weights(file)[1]
     if 'recipe' not in meta:
-        raise ValueError(f'{file} does not say which recipe it belongs to, so its network is unknown; demo_image.ipynb reads released files')
-    if which!='student': raise ValueError(f'{file} holds one network; for the {which} give the folder of its run')
+        raise ValueError(
+            f'{file} does not say which recipe it belongs to, so its network is unknown; demo_image.ipynb reads released files'
+        )
+    if which != 'student':
+        raise ValueError(f'{file} holds one network; for the {which} give the folder of its run')
     r = from_json(json.loads(meta['recipe']))
     net = build_network(r, len(pair_of(r).space))
     load_weights_into(net, file)
-    return net.eval(),r
+    return net.eval(), r
 
 # %% ../../nbs/runs/04_results.ipynb #9976ac42
-def evenly_spaced(folder, n:int)->list:
+def evenly_spaced(folder, n: int) -> list:
     "Up to n indices from the first image to the last"
     n = min(n, len(folder))
-    return [round(i*(len(folder)-1)/max(n-1,1)) for i in range(n)]
+    return [round(i * (len(folder) - 1) / max(n - 1, 1)) for i in range(n)]
 
 # %% ../../nbs/runs/04_results.ipynb #1079a3dd
 def compare_iou(
-    r:Recipe,
-    out,    # folder of the run
-    before, # folder of the run to compare with, or None
-)->dict: # name -> {class: IoU in %}; empty if nothing was scored
+    r: Recipe,
+    out,  # folder of the run
+    before,  # folder of the run to compare with, or None
+) -> dict:  # name -> {class: IoU in %}; empty if nothing was scored
     "IoUs of a run beside those of its baseline"
-    iou = lambda f: read_json(Path(f)/'metrics.json')['iou']
+
+    def iou(f):
+        return read_json(Path(f) / 'metrics.json')['iou']
+
     rows = {'source only': iou(before).get('student')} if before else {}
     name = recipe_name(r)
     rows |= {name: iou(out).get('student'), f'{name} (teacher)': iou(out).get('teacher')}
-    return {k:v for k,v in rows.items() if v}
+    return {k: v for k, v in rows.items() if v}
+
 
 def read_samples(
-    folder,           # `SegDataset` or `ConcatSegDataset`, with labels or without
-    idx,              # which images
-    r:Recipe,         # for the size
-): # `Sample`, images at the size the network sees (the first one's), labels alike
+    folder,  # `SegDataset` or `ConcatSegDataset`, with labels or without
+    idx,  # which images
+    r: Recipe,  # for the size
+):  # `Sample`, images at the size the network sees (the first one's), labels alike
     "A few whole images, to look at"
-    size,out = None,[]
+    size, out = None, []
     for i in idx:
-        k,j = folder.locate(i) if hasattr(folder,'locate') else (0,i)
+        k, j = folder.locate(i) if hasattr(folder, 'locate') else (0, i)
         f = datasets_of(folder)[k]
-        img,lbl = resize_keep_ratio(f.image(j), eval_image_size(r, f.spec)),None if f.labels is None else resize_keep_ratio(f.label(j), eval_image_size(r, f.spec), nearest=True)
+        img, lbl = (
+            resize_keep_ratio(f.image(j), eval_image_size(r, f.spec)),
+            None
+            if f.labels is None
+            else resize_keep_ratio(f.label(j), eval_image_size(r, f.spec), nearest=True),
+        )
         size = size or img.shape[:2]
-        same = lambda x: x if x is None or x.shape[:2]==size else cv2.resize(x, size[::-1], interpolation=cv2.INTER_NEAREST)
+
+        def same(x):
+            return (
+                x
+                if x is None or x.shape[:2] == size
+                else cv2.resize(x, size[::-1], interpolation=cv2.INTER_NEAREST)
+            )
+
         out.append(to_sample(same(img), same(lbl), None, f.names[j]))
     return collate(out)

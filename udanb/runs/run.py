@@ -15,7 +15,9 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
+
 import torch
+
 from ..checkpoints.averaging import average_snapshots, update_bn
 from ..checkpoints.weights import save_weights
 from ..core.image_io import READ_ERRORS
@@ -24,104 +26,185 @@ from ..core.utils import resolve
 from ..data.transforms import resize_keep_ratio
 from ..inference.label_free import label_free
 from .build import build_trainer, eval_image_size
-from .presets import make_recipe, SUPERVISED_METHODS
-from .provenance import checkpoint_metadata, git_commit, input_hashes, peak_memory, versions
-from .recipe import pair_of, Recipe, recipe_dict
+from .presets import SUPERVISED_METHODS, make_recipe
+from udanb.runs.provenance import (
+    checkpoint_metadata,
+    git_commit,
+    input_hashes,
+    peak_memory,
+    versions,
+)
+from .recipe import Recipe, pair_of, recipe_dict
 from .results import RUN_NETWORK_FILES, evenly_spaced, recipe_name, run_name
-from ..training.trainer import check_same_recipe, Trainer
+from ..training.trainer import Trainer, check_same_recipe
 
 # %% ../../nbs/runs/05_run.ipynb #5b7dff6b
 def train_run(
-    r:Recipe,
-    data_root='data', # where datasets are
-    out=None,         # folder; None = outputs/<run_name>
-    quiet=False,      # no progress bars
-)->Path: # folder with recipe.json, log.jsonl, checkpoint.pt, model.safetensors, metrics.json
+    r: Recipe,
+    data_root='data',  # where datasets are
+    out=None,  # folder; None = outputs/<run_name>
+    quiet=False,  # no progress bars
+) -> Path:  # folder with recipe.json, log.jsonl, checkpoint.pt, model.safetensors, metrics.json
     "Train (or resume, or find finished) one run"
     out = resolve(out or f'outputs/{run_name(r)}')
-    if (out/'recipe.json').exists(): check_same_recipe(read_json(out/'recipe.json'), recipe_dict(r), out/'recipe.json')
-    if (out/'inputs.json').exists(): check_same_recipe(read_json(out/'inputs.json'), input_hashes(r), out/'inputs.json')
-    if (out/'metrics.json').exists() and not (out/'recipe.json').exists():
-        raise ValueError(f'{out} holds results, but no recipe.json says of what; remove it, or choose another `out`')
-    if (out/'metrics.json').exists() and (out/'model.safetensors').exists(): return out
+    if (out / 'recipe.json').exists():
+        check_same_recipe(read_json(out / 'recipe.json'), recipe_dict(r), out / 'recipe.json')
+    if (out / 'inputs.json').exists():
+        check_same_recipe(read_json(out / 'inputs.json'), input_hashes(r), out / 'inputs.json')
+    if (out / 'metrics.json').exists() and not (out / 'recipe.json').exists():
+        raise ValueError(
+            f'{out} holds results, but no recipe.json says of what; remove it, or choose another `out`'
+        )
+    if (out / 'metrics.json').exists() and (out / 'model.safetensors').exists():
+        return out
     t = build_trainer(r, data_root, out, quiet)
     try:
-        write_json(out/'recipe.json', recipe_dict(r))
-        if input_hashes(r): write_json(out/'inputs.json', input_hashes(r))
-    except OSError as e: raise OSError(e.errno, f'cannot write results there ({e.strerror}); choose another folder with `out`', str(out)) from e
+        write_json(out / 'recipe.json', recipe_dict(r))
+        if input_hashes(r):
+            write_json(out / 'inputs.json', input_hashes(r))
+    except OSError as e:
+        raise OSError(
+            e.errno,
+            f'cannot write results there ({e.strerror}); choose another folder with `out`',
+            str(out),
+        ) from e
     log = t.fit()
-    save_weights(out/RUN_NETWORK_FILES['student'], t.student, checkpoint_metadata(r))
-    nets = dict(student=t.student) | ({} if t.teacher is None else dict(teacher=t.teacher.net)) | (dict(swa=build_swa_network(t)) if r.cycles else {})
-    if 'swa' in nets and t.evaluate: log[-1] = log[-1] | {f'{k}/swa': v for k,v in t.evaluate(nets['swa']).items()}
-    write_json(out/'metrics.json', m := run_metrics(r, log, t) | dict(label_free=label_free_scores(r, nets, data_root)))
+    save_weights(out / RUN_NETWORK_FILES['student'], t.student, checkpoint_metadata(r))
+    nets = (
+        dict(student=t.student)
+        | ({} if t.teacher is None else dict(teacher=t.teacher.net))
+        | (dict(swa=build_swa_network(t)) if r.cycles else {})
+    )
+    if 'swa' in nets and t.evaluate:
+        log[-1] = log[-1] | {f'{k}/swa': v for k, v in t.evaluate(nets['swa']).items()}
+    write_json(
+        out / 'metrics.json',
+        m := run_metrics(r, log, t) | dict(label_free=label_free_scores(r, nets, data_root)),
+    )
     if m['skipped']:
-        warnings.warn(f"{len(m['skipped'])} files could not be used and were left out (skip_broken): {', '.join(list(m['skipped'])[:5])} …; "
-                      f"{out/'metrics.json'} says why")
+        warnings.warn(
+            f"{len(m['skipped'])} files could not be used and were left out (skip_broken): {', '.join(list(m['skipped'])[:5])} …; "
+            f"{out / 'metrics.json'} says why"
+        )
     return out
 
 # %% ../../nbs/runs/05_run.ipynb #58f0b26c
 def build_swa_network(
-    t:Trainer,  # at the end of a run with `SnapshotCallback`
-    batches=50, # that BatchNorm is estimated from
-)->torch.nn.Module: # written to swa.safetensors
+    t: Trainer,  # at the end of a run with `SnapshotCallback`
+    batches=50,  # that BatchNorm is estimated from
+) -> torch.nn.Module:  # written to swa.safetensors
     "The stochastic weight average of a run"
     net = deepcopy(t.student)
     net.load_state_dict(average_snapshots(t.out))
     update_bn(net, (b[1] or b[0] for b in islice(t.loader(0), batches)), t.accelerator.device)
-    save_weights(t.out/RUN_NETWORK_FILES['swa'], net, dict(recipe=json.dumps(t.recipe)))
+    save_weights(t.out / RUN_NETWORK_FILES['swa'], net, dict(recipe=json.dumps(t.recipe)))
     return net.eval()
 
 # %% ../../nbs/runs/05_run.ipynb #e660b1d4
-def skipped_files(log, t:Trainer)->dict: # name -> why
+def skipped_files(log, t: Trainer) -> dict:  # name -> why
     "Files that `skip_broken` left out while folders were opened, labels counted, batches and val images read"
-    return t.skipped | {n:w for row in log for n,w in row.get('skipped', {}).items()}
+    return t.skipped | {n: w for row in log for n, w in row.get('skipped', {}).items()}
+
 
 def run_metrics(
-    r:Recipe,
-    log:list,    # rows of `Trainer.fit`
-    t:Trainer,
-)->dict:
+    r: Recipe,
+    log: list,  # rows of `Trainer.fit`
+    t: Trainer,
+) -> dict:
     "What `metrics.json` holds"
-    if len(log)!=t.steps:
-        raise ValueError(f"{t.out/'log.jsonl'} has {len(log)} of {t.steps} rows, though the checkpoint is at the end: rows were lost. "
-                         "Remove checkpoint.pt and log.jsonl to train again")
+    if len(log) != t.steps:
+        raise ValueError(
+            f"{t.out / 'log.jsonl'} has {len(log)} of {t.steps} rows, though the checkpoint is at the end: rows were lost. "
+            "Remove checkpoint.pt and log.jsonl to train again"
+        )
     last = log[-1]
     who = [k.split('/')[1] for k in last if k.startswith('miou/')]
-    return dict(miou={w: last[f'miou/{w}'] for w in who}, iou={w: last[f'iou/{w}'] for w in who}, recipe=recipe_name(r), source=r.source, target=r.target,
-                seed=r.seed, steps=len(log), seconds=round(sum(row['sec'] for row in log), 1), peak_mib=peak_memory(t.accelerator.device),
-                device=str(t.accelerator.device), threads=torch.get_num_threads(), parameters=sum(p.numel() for p in t.student.parameters()),
-                targets={w: last[f'targets/{w}'] for w in who if f'targets/{w}' in last}, skipped=skipped_files(log, t),
-                versions=versions(), commit=git_commit(), finished=time.strftime('%Y-%m-%d %H:%M:%S'))
+    return dict(
+        miou={w: last[f'miou/{w}'] for w in who},
+        iou={w: last[f'iou/{w}'] for w in who},
+        recipe=recipe_name(r),
+        source=r.source,
+        target=r.target,
+        seed=r.seed,
+        steps=len(log),
+        seconds=round(sum(row['sec'] for row in log), 1),
+        peak_mib=peak_memory(t.accelerator.device),
+        device=str(t.accelerator.device),
+        threads=torch.get_num_threads(),
+        parameters=sum(p.numel() for p in t.student.parameters()),
+        targets={w: last[f'targets/{w}'] for w in who if f'targets/{w}' in last},
+        skipped=skipped_files(log, t),
+        versions=versions(),
+        commit=git_commit(),
+        finished=time.strftime('%Y-%m-%d %H:%M:%S'),
+    )
 
 # %% ../../nbs/runs/05_run.ipynb #5d5912fa
 def label_free_scores(
-    r:Recipe,
-    nets:dict,   # who -> network
+    r: Recipe,
+    nets: dict,  # who -> network
     data_root='data',
-    most=200,    # images of each target, evenly spread
-)->dict: # who -> {entropy, balance, info}, each in [0,1], means over the targets
+    most=200,  # images of each target, evenly spread
+) -> dict:  # who -> {entropy, balance, info}, each in [0,1], means over the targets
     "Label-free scores on the targets' val, or on the images adapted to where there is no val"
-    split = lambda t: 'val' if 'val' in t.splits else 'train'
-    fs = [f for t in pair_of(r).targets for f in [pair_of(r).open(t, resolve(data_root), split=split(t), labels=False, limit=r.limit)]]
+
+    def split(t):
+        return 'val' if 'val' in t.splits else 'train'
+
+    fs = [
+        f
+        for t in pair_of(r).targets
+        for f in [
+            pair_of(r).open(t, resolve(data_root), split=split(t), labels=False, limit=r.limit)
+        ]
+    ]
+
     def one(net, f):
         idx = [i for i in evenly_spaced(f, most) if not r.skip_broken or _reads(f, i)]
         few = SimpleNamespace(names=[f.names[i] for i in idx], image=lambda i: f.image(idx[i]))
-        return label_free(net, few, len(f.space), partial(resize_keep_ratio, size=eval_image_size(r, f.spec)), quiet=True)
-    mean = lambda ds: {k: sum(d[k] for d in ds)/len(ds) for k in ds[0]}
-    return {who: mean([one(net, f) for f in fs]) for who,net in nets.items()}
+        return label_free(
+            net,
+            few,
+            len(f.space),
+            partial(resize_keep_ratio, size=eval_image_size(r, f.spec)),
+            quiet=True,
+        )
+
+    def mean(ds):
+        return {k: sum(d[k] for d in ds) / len(ds) for k in ds[0]}
+
+    return {who: mean([one(net, f) for f in fs]) for who, net in nets.items()}
+
 
 def _reads(f, i):
     "Can image `i` be read?"
-    try: f.image(i)
-    except READ_ERRORS: return False
+    try:
+        f.image(i)
+    except READ_ERRORS:
+        return False
     return True
 
 # %% ../../nbs/runs/05_run.ipynb #0ad0d321
 def source_only_recipe(
-    r:Recipe,
-)->Recipe|None: # None if `r` does not want one, or is one
+    r: Recipe,
+) -> Recipe | None:  # None if `r` does not want one, or is one
     "The source-only run with the same network, batches and number of steps"
-    if not r.before or r.method in SUPERVISED_METHODS: return None
+    if not r.before or r.method in SUPERVISED_METHODS:
+        return None
     plain = make_recipe('source_only', r.source, r.target, datasets=r.datasets)
-    return replace(r, method='source_only', plus=(), args={}, init=None, cycles=None, alpha=plain.alpha, fd=plain.fd,
-                   tau=plain.tau, bn=plain.bn, rcs=plain.rcs, jitter=plain.jitter, blur=plain.blur, margins=plain.margins)
+    return replace(
+        r,
+        method='source_only',
+        plus=(),
+        args={},
+        init=None,
+        cycles=None,
+        alpha=plain.alpha,
+        fd=plain.fd,
+        tau=plain.tau,
+        bn=plain.bn,
+        rcs=plain.rcs,
+        jitter=plain.jitter,
+        blur=plain.blur,
+        margins=plain.margins,
+    )

@@ -8,10 +8,12 @@ __all__ = ['recipe_of', 'weights_of', 'load_student', 'readable_subset', 'pseudo
 
 # %% ../../nbs/runs/09_stages.ipynb #51d83414
 from pathlib import Path
+
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from torch import nn
+
 from ..checkpoints.averaging import soup
 from ..core.image_io import READ_ERRORS
 from ..core.storage import read_json, write_json
@@ -20,180 +22,281 @@ from ..data.pseudo_labels import pseudo_stats
 from ..data.transforms import EvalTransform, resize_keep_ratio, to_sample
 from ..inference.export_labels import export_pseudo
 from ..methods.prototypes import Ensemble, find_prototypes, load_prototypes, save_prototypes
-from .build import datasets_of, eval_image_size, make_evaluator, open_datasets, open_targets
+from udanb.runs.build import (
+    datasets_of,
+    eval_image_size,
+    make_evaluator,
+    open_datasets,
+    open_targets,
+)
 from .pipeline import Pipeline
 from .provenance import checkpoint_metadata
-from .recipe import from_json, pair_of, Recipe, recipe_dict
+from .recipe import Recipe, from_json, pair_of, recipe_dict
 from .results import load_run
 from .run import label_free_scores
 
 # %% ../../nbs/runs/09_stages.ipynb #fb677757
 def recipe_of(
-    run, # folder of a run
-)->Recipe:
+    run,  # folder of a run
+) -> Recipe:
     "What a run was told"
-    return from_json(read_json(Path(run)/'recipe.json'))
+    return from_json(read_json(Path(run) / 'recipe.json'))
+
 
 def weights_of(
-    run, # folder of a run, a soup, …
-)->Path:
+    run,  # folder of a run, a soup, …
+) -> Path:
     "Its student"
-    return Path(run)/'model.safetensors'
+    return Path(run) / 'model.safetensors'
 
-def load_student(run)->nn.Module:
+
+def load_student(run) -> nn.Module:
     "The student, where it is quickest"
     return load_run(run).to('cuda' if torch.cuda.is_available() else 'cpu')
 
 # %% ../../nbs/runs/09_stages.ipynb #0638626f
 def readable_subset(
-    r:Recipe,
+    r: Recipe,
     folder,  # `SegDataset`
-): # the folder, without images that cannot be read if the run leaves such out; they are in `skipped`
+):  # the folder, without images that cannot be read if the run leaves such out; they are in `skipped`
     "What of a folder a stage goes through"
     bad = {}
-    for i,n in enumerate(folder.names if r.skip_broken else ()):
-        try: folder.image(i)
-        except READ_ERRORS as e: bad[n] = str(e)
+    for i, n in enumerate(folder.names if r.skip_broken else ()):
+        try:
+            folder.image(i)
+        except READ_ERRORS as e:
+            bad[n] = str(e)
     return folder.exclude(bad) if bad else folder
 
 # %% ../../nbs/runs/09_stages.ipynb #6fa6028a
 def pseudo_label_stage(
-    pipe:Pipeline,
-    name:str,         # of the stage
-    run,              # folder of a run
+    pipe: Pipeline,
+    name: str,  # of the stage
+    run,  # folder of a run
     data_root='data',
-    split='train',    # of the targets
-    threshold=None,   # see `export_pseudo`
-    confidence=False, # also write confidence maps
-)->Path: # the stage's folder
+    split='train',  # of the targets
+    threshold=None,  # see `export_pseudo`
+    confidence=False,  # also write confidence maps
+) -> Path:  # the stage's folder
     "Store the pseudo-labels of a run's targets"
     r = recipe_of(run)
-    where = lambda folder,t: folder if len(pair_of(r).targets)==1 else folder/t
+
+    def where(folder, t):
+        return folder if len(pair_of(r).targets) == 1 else folder / t
+
     def do(folder):
-        net,kept,lost = load_student(run),{},{}
-        for t,f in open_targets(r, data_root, split, labels=False).items():
+        net = load_student(run)
+        kept = {}
+        lost = {}
+        for t, f in open_targets(r, data_root, split, labels=False).items():
             f = readable_subset(r, f)
             lost |= f.skipped
-            export_pseudo(net, f, where(folder, t), f.space, threshold, confidence, EvalTransform(eval_image_size(r, f.spec)), quiet=pipe.quiet)
+            export_pseudo(
+                net,
+                f,
+                where(folder, t),
+                f.space,
+                threshold,
+                confidence,
+                EvalTransform(eval_image_size(r, f.spec)),
+                quiet=pipe.quiet,
+            )
             kept[t] = pseudo_stats(where(folder, t)).to_dict('index')
         return dict(labels=_require_labels(kept, threshold), skipped=lost)
-    return pipe.stage(name, do, dict(split=split, threshold=threshold, confidence=confidence, recipe=_image_settings(r), limit=r.limit), dict(weights=weights_of(run)))
+
+    return pipe.stage(
+        name,
+        do,
+        dict(
+            split=split,
+            threshold=threshold,
+            confidence=confidence,
+            recipe=_image_settings(r),
+            limit=r.limit,
+        ),
+        dict(weights=weights_of(run)),
+    )
 
 # %% ../../nbs/runs/09_stages.ipynb #5875528b
 def _require_labels(kept, threshold):
     "Refuse labels without a labelled pixel: a training on them would only shrink weights"
-    if any(t['all']['coverage'] for t in kept.values()): return kept
-    said = ', '.join(f"{n} {t['all']['confidence']:.0f} %" for n,t in kept.items())
-    raise ValueError(f'threshold {threshold}: not one pixel is that sure (mean confidence: {said}), so there is nothing to learn. '
-                     'Lower it, or train longer before')
+    if any(t['all']['coverage'] for t in kept.values()):
+        return kept
+    said = ', '.join(f"{n} {t['all']['confidence']:.0f} %" for n, t in kept.items())
+    raise ValueError(
+        f'threshold {threshold}: not one pixel is that sure (mean confidence: {said}), so there is nothing to learn. '
+        'Lower it, or train longer before'
+    )
 
-def _image_settings(r): return {k: v for k,v in recipe_dict(r).items() if k in ('target','datasets','scale','fit','source')}   # what decides which images, and their size
+
+def _image_settings(r):
+    return {
+        k: v
+        for k, v in recipe_dict(r).items()
+        if k in ('target', 'datasets', 'scale', 'fit', 'source')
+    }  # what decides which images, and their size
+
 
 def label_paths(
-    folder,   # of `pseudo_label_stage`
-    r:Recipe,
-)->str|tuple: # for the field `pseudo`
+    folder,  # of `pseudo_label_stage`
+    r: Recipe,
+) -> str | tuple:  # for the field `pseudo`
     "Where the labels of each target are"
     n = [t.name for t in pair_of(r).targets]
-    return str(folder) if len(n)==1 else tuple(f'{folder}/{t}' for t in n)
+    return str(folder) if len(n) == 1 else tuple(f'{folder}/{t}' for t in n)
 
 # %% ../../nbs/runs/09_stages.ipynb #baebf035
 def score_network(
-    r:Recipe,
-    net,        # returns `SegOutput`
+    r: Recipe,
+    net,  # returns `SegOutput`
     data_root='data',
-    who='student', # its name in the results
-)->dict: # miou, iou and label_free, each who -> value, as in `metrics.json`; only label_free without labels
+    who='student',  # its name in the results
+) -> dict:  # miou, iou and label_free, each who -> value, as in `metrics.json`; only label_free without labels
     "What a network is worth"
     score = make_evaluator(r, open_datasets(r, data_root)[2])
     s = score(net) if score else {}
-    return {k: {who: s[k]} for k in ('miou','iou','targets') if k in s} | dict(label_free=label_free_scores(r, {who: net}, data_root))
+    return {k: {who: s[k]} for k in ('miou', 'iou', 'targets') if k in s} | dict(
+        label_free=label_free_scores(r, {who: net}, data_root)
+    )
 
 # %% ../../nbs/runs/09_stages.ipynb #f804ed41
 def soup_stage(
-    pipe:Pipeline,
-    name:str,
-    runs,          # folders; all must have the network of the first
+    pipe: Pipeline,
+    name: str,
+    runs,  # folders; all must have the network of the first
     data_root='data',
     weights=None,  # one number each; None = the plain mean
-)->Path:
+) -> Path:
     "Average the students of several runs"
     r = recipe_of(runs[0])
+
     def do(folder):
         soup([weights_of(m) for m in runs], weights_of(folder), weights, checkpoint_metadata(r))
-        write_json(folder/'recipe.json', recipe_dict(r))
-        write_json(folder/'metrics.json', m := score_network(r, load_student(folder), data_root))
+        write_json(folder / 'recipe.json', recipe_dict(r))
+        write_json(folder / 'metrics.json', m := score_network(r, load_student(folder), data_root))
         return m
-    return pipe.stage(name, do, dict(weights=weights, look=_image_settings(r), limit=r.limit), {f'member{i}': weights_of(m) for i,m in enumerate(runs)})
+
+    return pipe.stage(
+        name,
+        do,
+        dict(weights=weights, look=_image_settings(r), limit=r.limit),
+        {f'member{i}': weights_of(m) for i, m in enumerate(runs)},
+    )
 
 # %% ../../nbs/runs/09_stages.ipynb #63bdd658
 def prototype_stage(
-    pipe:Pipeline,
-    name:str,
-    run,          # folder of a run
+    pipe: Pipeline,
+    name: str,
+    run,  # folder of a run
     data_root='data',
-)->Path: # its file is prototypes.safetensors
+) -> Path:  # its file is prototypes.safetensors
     "Prototypes of a run's student on its targets"
     r = recipe_of(run)
+
     def images():
         for f in (readable_subset(r, f) for f in datasets_of(open_datasets(r, data_root)[1])):
-            for i in range(len(f)): yield to_sample(resize_keep_ratio(f.image(i), eval_image_size(r, f.spec)), name=f.names[i])
+            for i in range(len(f)):
+                yield to_sample(
+                    resize_keep_ratio(f.image(i), eval_image_size(r, f.spec)), name=f.names[i]
+                )
+
     def do(folder):
         protos = find_prototypes(load_student(run), images(), quiet=pipe.quiet)
-        save_prototypes(folder/'prototypes.safetensors', protos)
+        save_prototypes(folder / 'prototypes.safetensors', protos)
         return dict(count=dict(zip(pair_of(r).space.classes, protos.count.tolist())))
-    return pipe.stage(name, do, dict(look=_image_settings(r), limit=r.limit), dict(weights=weights_of(run)))
+
+    return pipe.stage(
+        name, do, dict(look=_image_settings(r), limit=r.limit), dict(weights=weights_of(run))
+    )
 
 # %% ../../nbs/runs/09_stages.ipynb #838881f9
 class EnsembleNetwork(nn.Module):
     "An `Ensemble` that answers like a network"
-    def __init__(self, ensemble:Ensemble):
+
+    def __init__(self, ensemble: Ensemble):
         super().__init__()
-        self.ensemble,self.teachers = ensemble,nn.ModuleList(ensemble.frozen)    # as submodules, so that it has a device
-    def forward(self, img)->SegOutput: return SegOutput(self.ensemble(img))   # img (B,3,H,W); scores (B,C,H,W)
+        self.ensemble, self.teachers = (
+            ensemble,
+            nn.ModuleList(ensemble.frozen),
+        )  # as submodules, so that it has a device
+
+    def forward(self, img) -> SegOutput:
+        return SegOutput(self.ensemble(img))  # img (B,3,H,W); scores (B,C,H,W)
+
 
 def ensemble_stage(
-    pipe:Pipeline,
-    name:str,
-    runs, prototypes, # folders of the teachers, and of their `prototype_stage`; None = a plain average
+    pipe: Pipeline,
+    name: str,
+    runs,
+    prototypes,  # folders of the teachers, and of their `prototype_stage`; None = a plain average
     data_root='data',
-)->Path:
+) -> Path:
     "The score of teachers together"
     r = recipe_of(runs[0])
+
     def do(folder):
-        means = prototypes and [load_prototypes(p/'prototypes.safetensors').mean for p in prototypes]
-        net = EnsembleNetwork(Ensemble([load_run(t) for t in runs], means, parity=r.parity)).to('cuda' if torch.cuda.is_available() else 'cpu')
+        means = prototypes and [
+            load_prototypes(p / 'prototypes.safetensors').mean for p in prototypes
+        ]
+        net = EnsembleNetwork(Ensemble([load_run(t) for t in runs], means, parity=r.parity)).to(
+            'cuda' if torch.cuda.is_available() else 'cpu'
+        )
         s = make_evaluator(r, open_datasets(r, data_root)[2])
-        write_json(folder/'metrics.json', m := {k: dict(fusion=v) for k,v in s(net).items()} if s else {})
+        write_json(
+            folder / 'metrics.json',
+            m := {k: dict(fusion=v) for k, v in s(net).items()} if s else {},
+        )
         return m
-    files = {f'teacher{i}': weights_of(t) for i,t in enumerate(runs)} | {f'prototypes{i}': p for i,p in enumerate(prototypes or ())}
-    return pipe.stage(name, do, dict(look=_image_settings(r), limit=r.limit) | (dict(parity=True) if r.parity else {}), files)
+
+    files = {f'teacher{i}': weights_of(t) for i, t in enumerate(runs)} | {
+        f'prototypes{i}': p for i, p in enumerate(prototypes or ())
+    }
+    return pipe.stage(
+        name,
+        do,
+        dict(look=_image_settings(r), limit=r.limit) | (dict(parity=True) if r.parity else {}),
+        files,
+    )
 
 # %% ../../nbs/runs/09_stages.ipynb #6e5241de
 def stage_iou_table(
-    pipe:Pipeline,
-    stages:dict, # title -> folder, or (folder, who)
-)->pd.DataFrame: # a row per class that occurs, and mIoU; a column per title, in %
+    pipe: Pipeline,
+    stages: dict,  # title -> folder, or (folder, who)
+) -> pd.DataFrame:  # a row per class that occurs, and mIoU; a column per title, in %
     "IoU of every stage"
+
     def one(x, what):
-        folder,who = x if isinstance(x, tuple) else (x,None)
+        folder, who = x if isinstance(x, tuple) else (x, None)
         each = pipe.results(folder).get(what) or {}
         return each.get(who or next(iter(each), None))
-    tab = pd.DataFrame({k: one(x, 'iou') or {} for k,x in stages.items()}, dtype=float).dropna(how='all')
-    tab.loc['mIoU'] = [one(x, 'miou') for x in stages.values()]     # with several targets this is the mean over them
+
+    tab = pd.DataFrame({k: one(x, 'iou') or {} for k, x in stages.items()}, dtype=float).dropna(
+        how='all'
+    )
+    tab.loc['mIoU'] = [
+        one(x, 'miou') for x in stages.values()
+    ]  # with several targets this is the mean over them
     return tab
 
 # %% ../../nbs/runs/09_stages.ipynb #c08a624c
 def show_stages(
-    mious:dict, # title -> mIoU in %, or None
+    mious: dict,  # title -> mIoU in %, or None
     line=None,  # where to draw a line
 ):
     "A bar per stage; the figure"
-    known = {k: v for k,v in mious.items() if v is not None and v==v}
-    fig,ax = plt.subplots(figsize=(5,.8+.26*max(len(known),1)), layout='constrained')
-    ax.barh(list(known), list(known.values()), color=[f'C{i%10}' for i in range(len(known))], alpha=.8)
-    for i,v in enumerate(known.values()): ax.text(v, i, f' {v:.1f}', va='center', fontsize=8)
-    if line is not None and line==line: ax.axvline(line, color='.3', lw=1)
-    ax.invert_yaxis(); ax.set(xlabel='mIoU (%)', xlim=(0,1.12*max(known.values(), default=1)))
+    known = {k: v for k, v in mious.items() if v is not None and v == v}
+    fig, ax = plt.subplots(figsize=(5, 0.8 + 0.26 * max(len(known), 1)), layout='constrained')
+    ax.barh(
+        list(known),
+        list(known.values()),
+        color=[f'C{i % 10}' for i in range(len(known))],
+        alpha=0.8,
+    )
+    for i, v in enumerate(known.values()):
+        ax.text(v, i, f' {v:.1f}', va='center', fontsize=8)
+    if line is not None and line == line:
+        ax.axvline(line, color='.3', lw=1)
+    ax.invert_yaxis()
+    ax.set(xlabel='mIoU (%)', xlim=(0, 1.12 * max(known.values(), default=1)))
     plt.close(fig)
     return fig

@@ -15,6 +15,7 @@ import re
 import time
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+
 from ..core.storage import read_json, write_json
 from ..core.utils import resolve
 from .provenance import git_commit
@@ -22,140 +23,227 @@ from .provenance import git_commit
 # %% ../../nbs/runs/07_stamps.ipynb #b54c2ba2
 STAMP_FILE = 'stage.json'
 
-def output_files(folder)->list: # sorted names relative to it, with forward slashes
+
+def output_files(folder) -> list:  # sorted names relative to it, with forward slashes
     "The files in a folder that count: not its stamp, no `checkpoint.pt`, nothing whose name begins with a dot"
     names = [f.relative_to(folder) for f in Path(folder).rglob('*') if f.is_file()]
-    return sorted(n.as_posix() for n in names if n.name not in (STAMP_FILE,'checkpoint.pt') and not any(p.startswith('.') for p in n.parts))
+    return sorted(
+        n.as_posix()
+        for n in names
+        if n.name not in (STAMP_FILE, 'checkpoint.pt')
+        and not any(p.startswith('.') for p in n.parts)
+    )
 
-def sha256(path)->str: # 64 hex digits
+
+def sha256(path) -> str:  # 64 hex digits
     "Hash of a file's bytes"
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+    with open(path, 'rb') as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()
 
-def _hash(x): return hashlib.sha256(json.dumps(x, sort_keys=True).encode()).hexdigest()
+
+def _hash(x):
+    return hashlib.sha256(json.dumps(x, sort_keys=True).encode()).hexdigest()
 
 # %% ../../nbs/runs/07_stamps.ipynb #9b7802e6
 def write_stamp(
     folder,
-    t:dict,     # what was asked, from `stage_key` below
-    results,    # what the stage's function returned: a JSON-able dict, or None
-    t0=None,    # when it began; None = now
-)->dict: # the stamp
+    t: dict,  # what was asked, from `stage_key` below
+    results,  # what the stage's function returned: a JSON-able dict, or None
+    t0=None,  # when it began; None = now
+) -> dict:  # the stamp
     "Say that a stage is finished"
-    try: results = json.loads(json.dumps(dict({} if results is None else results)))
-    except (TypeError,ValueError) as e: raise TypeError(f"stage '{t['stage']}': its function must return None or a dict of plain values ({e})") from e
-    files = {n: [(Path(folder)/n).stat().st_size, sha256(Path(folder)/n)] for n in output_files(folder)}
-    took = round(time.time()-(t0 or time.time()), 1)
-    s = t | dict(outputs=files, results=results, seconds=took, finished=time.strftime('%Y-%m-%d %H:%M:%S'), commit=git_commit())
-    write_json(Path(folder)/STAMP_FILE, s | dict(seal=_hash(s)))
+    try:
+        results = json.loads(json.dumps(dict({} if results is None else results)))
+    except (TypeError, ValueError) as e:
+        raise TypeError(
+            f"stage '{t['stage']}': its function must return None or a dict of plain values ({e})"
+        ) from e
+    files = {
+        n: [(Path(folder) / n).stat().st_size, sha256(Path(folder) / n)]
+        for n in output_files(folder)
+    }
+    took = round(time.time() - (t0 or time.time()), 1)
+    s = t | dict(
+        outputs=files,
+        results=results,
+        seconds=took,
+        finished=time.strftime('%Y-%m-%d %H:%M:%S'),
+        commit=git_commit(),
+    )
+    write_json(Path(folder) / STAMP_FILE, s | dict(seal=_hash(s)))
     return s
+
 
 def read_stamp(
     folder,
-)->dict|None: # None: there is none, or it is not as it was written
+) -> dict | None:  # None: there is none, or it is not as it was written
     "What was made there"
-    try: s = read_json(Path(folder)/STAMP_FILE)
-    except (FileNotFoundError,NotADirectoryError,ValueError): return None
-    return s if isinstance(s, dict) and s.pop('seal', '')==_hash(s) else None
+    try:
+        s = read_json(Path(folder) / STAMP_FILE)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return s if isinstance(s, dict) and s.pop('seal', '') == _hash(s) else None
 
 # %% ../../nbs/runs/07_stamps.ipynb #4883a335
-def damaged_files(folder, stamp:dict)->list: # names
+def damaged_files(folder, stamp: dict) -> list:  # names
     "Which files are missing or have other bytes than the stamp says"
-    same = lambda f,size,sha: f.is_file() and f.stat().st_size==size and sha256(f)==sha
-    return [n for n,(size,sha) in stamp['outputs'].items() if not same(Path(folder)/n, size, sha)]
+
+    def same(f, size, sha):
+        return f.is_file() and f.stat().st_size == size and sha256(f) == sha
+
+    return [
+        n for n, (size, sha) in stamp['outputs'].items() if not same(Path(folder) / n, size, sha)
+    ]
 
 # %% ../../nbs/runs/07_stamps.ipynb #d1307004
 def content_hash(
-    path, # a file, or a folder
-)->str: # 64 hex digits; it does not depend on where they lie
+    path,  # a file, or a folder
+) -> str:  # 64 hex digits; it does not depend on where they lie
     "What a file holds, or all names and bytes of a folder; nothing there raises `FileNotFoundError`"
     path = Path(path)
-    if path.is_file(): return _tensors(path) if path.suffix=='.safetensors' else sha256(path)
+    if path.is_file():
+        return _tensors(path) if path.suffix == '.safetensors' else sha256(path)
     names = list((read_stamp(path) or {}).get('outputs', ())) or output_files(path)
-    if not names: raise FileNotFoundError(f'{path}: no such file, or a folder without files')
-    return _hash([(n, content_hash(path/n)) for n in names])
+    if not names:
+        raise FileNotFoundError(f'{path}: no such file, or a folder without files')
+    return _hash([(n, content_hash(path / n)) for n in names])
+
 
 def _tensors(path):
     "Hash of a safetensors file without its metadata: 8 bytes of header length, a JSON header, numbers"
     with open(path, 'rb') as f:
-        try: head = {k:v for k,v in json.loads(f.read(int.from_bytes(f.read(8), 'little'))).items() if k!='__metadata__'}
-        except (ValueError,OverflowError,MemoryError,AttributeError) as e: raise ValueError(f'{path}: not a whole safetensors file ({e}); make it again') from e
+        try:
+            head = {
+                k: v
+                for k, v in json.loads(f.read(int.from_bytes(f.read(8), 'little'))).items()
+                if k != '__metadata__'
+            }
+        except (ValueError, OverflowError, MemoryError, AttributeError) as e:
+            raise ValueError(f'{path}: not a whole safetensors file ({e}); make it again') from e
         return _hash([head, hashlib.file_digest(f, 'sha256').hexdigest()])
 
 # %% ../../nbs/runs/07_stamps.ipynb #43ae50ab
 def stage_key(
-    name:str,    # letters, digits and _ . + -
-    settings={}, # JSON-able
-    inputs={},   # name -> file or folder
-)->dict: # stage, settings, inputs: name -> fingerprint, key: 64 hex digits
+    name: str,  # letters, digits and _ . + -
+    settings={},  # JSON-able
+    inputs={},  # name -> file or folder
+) -> dict:  # stage, settings, inputs: name -> fingerprint, key: 64 hex digits
     "What a stage is to do, apart from where"
-    if not re.fullmatch(r'[A-Za-z0-9][\w.+-]*', name): raise ValueError(f"stage '{name}': its name becomes a folder's; use letters, digits and _ . + -")
-    try: settings = json.loads(json.dumps(dict(settings), allow_nan=False))
-    except (TypeError,ValueError) as e:
-        raise ValueError(f"stage '{name}': settings are plain numbers, strings, lists and dicts ({e}); files go into `inputs`") from e
-    try: prints = {n: content_hash(resolve(p)) for n,p in inputs.items()}
+    if not re.fullmatch(r'[A-Za-z0-9][\w.+-]*', name):
+        raise ValueError(
+            f"stage '{name}': its name becomes a folder's; use letters, digits and _ . + -"
+        )
+    try:
+        settings = json.loads(json.dumps(dict(settings), allow_nan=False))
+    except (TypeError, ValueError) as e:
+        raise ValueError(
+            f"stage '{name}': settings are plain numbers, strings, lists and dicts ({e}); files go into `inputs`"
+        ) from e
+    try:
+        prints = {n: content_hash(resolve(p)) for n, p in inputs.items()}
     except FileNotFoundError as e:
         said = f"one of its inputs ({', '.join(inputs)}) is missing: {e.filename or e}. Run the stage that writes it first"
         raise FileNotFoundError(f"stage '{name}': {said}") from e
-    except ValueError as e: raise ValueError(f"stage '{name}': {e}") from e
+    except ValueError as e:
+        raise ValueError(f"stage '{name}': {e}") from e
     t = dict(stage=name, settings=settings, inputs=prints)
     return t | dict(key=_hash(t))
 
 # %% ../../nbs/runs/07_stamps.ipynb #ee62edee
 def finished_stamp(
     folder,
-    t:dict, # from `stage_key`
-)->dict|None: # its stamp, or None
+    t: dict,  # from `stage_key`
+) -> dict | None:  # its stamp, or None
     "Is just this finished there, to the last byte? A stamp of another task raises `ValueError`"
-    if (s := read_stamp(folder)) is None: return None
-    if s.get('key')==t['key']: return None if damaged_files(folder, s) else s
-    flat = lambda d: dict(stage=d.get('stage')) | {f'{k}.{n}':v for k in ('settings','inputs') for n,v in d.get(k, {}).items()}
-    old,new = flat(s),flat(t)
-    diff = [f'{k}: {old.get(k)!r} there, {new.get(k)!r} here' for k in {**old,**new} if old.get(k)!=new.get(k)]
-    raise ValueError(f"{Path(folder)/STAMP_FILE} tells of another stage ({'; '.join(diff)}). Move or remove that folder")
+    if (s := read_stamp(folder)) is None:
+        return None
+    if s.get('key') == t['key']:
+        return None if damaged_files(folder, s) else s
 
-MISSING_LIST,RECORD_FILES = '.lost',('pseudo.json','predict.json')
+    def flat(d):
+        return dict(stage=d.get('stage')) | {
+            f'{k}.{n}': v for k in ('settings', 'inputs') for n, v in d.get(k, {}).items()
+        }
 
-def missing_outputs(folder)->list: # names
+    old, new = flat(s), flat(t)
+    diff = [
+        f'{k}: {old.get(k)!r} there, {new.get(k)!r} here'
+        for k in {**old, **new}
+        if old.get(k) != new.get(k)
+    ]
+    raise ValueError(
+        f"{Path(folder) / STAMP_FILE} tells of another stage ({'; '.join(diff)}). Move or remove that folder"
+    )
+
+
+MISSING_LIST, RECORD_FILES = '.lost', ('pseudo.json', 'predict.json')
+
+
+def missing_outputs(folder) -> list:  # names
     "What a stage once had and does not have now, by the list that `remove_stale_outputs` keeps"
-    f = Path(folder)/MISSING_LIST
-    try: return [n for n in (read_json(f) if f.exists() else ()) if not (f.parent/n).is_file()]
-    except (ValueError,TypeError) as e: raise ValueError(f'{f}: damaged ({e}), so nobody knows what is missing there. Remove {folder}') from e
+    f = Path(folder) / MISSING_LIST
+    try:
+        return [n for n in (read_json(f) if f.exists() else ()) if not (f.parent / n).is_file()]
+    except (ValueError, TypeError) as e:
+        raise ValueError(
+            f'{f}: damaged ({e}), so nobody knows what is missing there. Remove {folder}'
+        ) from e
 
-def remove_stale_outputs(folder)->list: # names of the files that are missing now
+
+def remove_stale_outputs(folder) -> list:  # names of the files that are missing now
     "Before a stage is made again: away with what is not as its stamp says, then with the stamp, and with halves that a killed process left"
-    s,old = read_stamp(folder) or dict(outputs={}),missing_outputs(folder)
+    s, old = read_stamp(folder) or dict(outputs={}), missing_outputs(folder)
     bad = damaged_files(folder, s)
     below = {PurePosixPath(n).parent for n in bad if PurePosixPath(n).name in RECORD_FILES}
-    bad = sorted({*old, *bad, *(n for n in s['outputs'] if any(PurePosixPath(n).is_relative_to(d) for d in below))})
-    if bad!=old: write_json(Path(folder)/MISSING_LIST, bad)
-    for n in bad: (Path(folder)/n).unlink(missing_ok=True)
-    (Path(folder)/STAMP_FILE).unlink(missing_ok=True)
-    for f in Path(folder).rglob('.*.part*'): f.unlink()
+    bad = sorted(
+        {
+            *old,
+            *bad,
+            *(n for n in s['outputs'] if any(PurePosixPath(n).is_relative_to(d) for d in below)),
+        }
+    )
+    if bad != old:
+        write_json(Path(folder) / MISSING_LIST, bad)
+    for n in bad:
+        (Path(folder) / n).unlink(missing_ok=True)
+    (Path(folder) / STAMP_FILE).unlink(missing_ok=True)
+    for f in Path(folder).rglob('.*.part*'):
+        f.unlink()
     return bad
 
 # %% ../../nbs/runs/07_stamps.ipynb #22c56df4
-_locks = set()   # descriptors of the locks that this process holds
+_locks = set()  # descriptors of the locks that this process holds
+
 
 def _close_locks():
-    for f in _locks: os.close(f)
+    for f in _locks:
+        os.close(f)
     _locks.clear()
+
 
 os.register_at_fork(after_in_child=_close_locks)
 
+
 @contextmanager
 def folder_lock(
-    folder,    # is made, if need be
-    what='it', # for the message
+    folder,  # is made, if need be
+    what='it',  # for the message
 ):
     "Nobody else is at work in this folder, or `RuntimeError`"
     Path(folder).mkdir(parents=True, exist_ok=True)
-    f = os.open(Path(folder)/'.lock', os.O_RDWR | os.O_CREAT, 0o666)
+    f = os.open(Path(folder) / '.lock', os.O_RDWR | os.O_CREAT, 0o666)
     _locks.add(f)
     try:
-        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RuntimeError(f'{folder}: another process ({os.read(f, 20).decode()}) is making {what}. Wait for it, or stop it') from None
-        os.truncate(f, 0); os.write(f, f'pid {os.getpid()}'.encode())
+            raise RuntimeError(
+                f'{folder}: another process ({os.read(f, 20).decode()}) is making {what}. Wait for it, or stop it'
+            ) from None
+        os.truncate(f, 0)
+        os.write(f, f'pid {os.getpid()}'.encode())
         yield
     finally:
-        if f in _locks: _locks.discard(f); os.close(f)
+        if f in _locks:
+            _locks.discard(f)
+            os.close(f)

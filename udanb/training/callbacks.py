@@ -8,39 +8,70 @@ __all__ = ['METRIC_PREFIXES', 'read_log', 'progress_summary', 'SnapshotCallback'
 # %% ../../nbs/training/04_callbacks.ipynb #c6973afd
 import json
 from pathlib import Path
+
 from ..checkpoints.weights import save_weights
 from .schedules import cycle_ends
 
 # %% ../../nbs/training/04_callbacks.ipynb #b53b6a97
-def read_log(path, it)->list: # rows up to step `it`
+def read_log(path, it) -> list:  # rows up to step `it`
     "Rows of a JSON-lines log; a half-written last line is dropped"
     rows = []
     for l in Path(path).read_text().splitlines() if Path(path).exists() else ():
-        try: rows.append(json.loads(l))
-        except json.JSONDecodeError: break
-    return [r for r in rows if r['it']<=it]
+        try:
+            rows.append(json.loads(l))
+        except json.JSONDecodeError:
+            break
+    return [r for r in rows if r['it'] <= it]
 
 # %% ../../nbs/training/04_callbacks.ipynb #13983281
-METRIC_PREFIXES = ('miou','miou13','iou','targets')   # keys of a row that are no losses: miou/student, …
+METRIC_PREFIXES = (
+    'miou',
+    'miou13',
+    'iou',
+    'targets',
+)  # keys of a row that are no losses: miou/student, …
 
-def progress_summary(log, n=20)->str:
+
+def progress_summary(log, n=20) -> str:
     "What the progress bar shows: total loss and q over the last steps, newest mIoU"
-    last = log[-n:]; mean = lambda k: sum(r[k] for r in last)/len(last)
-    s = 'loss %.3f' % sum(mean(k) for k in last[-1] if '/' in k and k.split('/')[0] not in METRIC_PREFIXES and not k.split('/')[1].startswith('bank_'))
-    if 'q' in last[-1]: s += f"  q {mean('q'):.2f}"
+    last = log[-n:]
+
+    def mean(k):
+        return sum(r[k] for r in last) / len(last)
+
+    s = 'loss %.3f' % sum(
+        mean(k)
+        for k in last[-1]
+        if '/' in k
+        and k.split('/')[0] not in METRIC_PREFIXES
+        and not k.split('/')[1].startswith('bank_')
+    )
+    if 'q' in last[-1]:
+        s += f"  q {mean('q'):.2f}"
     scored = next((r for r in reversed(log) if 'miou/student' in r), None)
-    return s+(f"  mIoU {scored['miou/student']:.1f}" + (f"/{scored['miou/teacher']:.1f}" if 'miou/teacher' in scored else '') if scored else '')
+    return s + (
+        f"  mIoU {scored['miou/student']:.1f}"
+        + (f"/{scored['miou/teacher']:.1f}" if 'miou/teacher' in scored else '')
+        if scored
+        else ''
+    )
 
 # %% ../../nbs/training/04_callbacks.ipynb #c241f1fc
 class SnapshotCallback:
     "Keeps the student at the end of each cycle; a callback `(trainer, logs)`"
-    def __init__(self,
-        cycles:int, # as of `cyclic`
-        meta={},    # what else each file should say
-    ): self.cycles,self.meta = cycles,meta
+
+    def __init__(
+        self,
+        cycles: int,  # as of `cyclic`
+        meta={},  # what else each file should say
+    ):
+        self.cycles, self.meta = cycles, meta
 
     def __call__(self, t, logs):
         ends = cycle_ends(t.steps, self.cycles)
-        if t.it not in ends or not t.accelerator.is_main_process: return
-        about = dict(step=t.it, cycle=ends.index(t.it)+1, cycles=self.cycles, recipe=t.recipe)
-        save_weights(Path(t.out)/'snapshots'/f'{t.it}.safetensors', t.student, about | self.meta)
+        if t.it not in ends or not t.accelerator.is_main_process:
+            return
+        about = dict(step=t.it, cycle=ends.index(t.it) + 1, cycles=self.cycles, recipe=t.recipe)
+        save_weights(
+            Path(t.out) / 'snapshots' / f'{t.it}.safetensors', t.student, about | self.meta
+        )

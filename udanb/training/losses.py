@@ -8,71 +8,90 @@ __all__ = ['WeightedCrossEntropy', 'downscale_labels', 'FeatureDistance']
 # %% ../../nbs/training/00_losses.ipynb #087149f7
 import torch
 import torch.nn.functional as F
-from torch import nn, Tensor
+from torch import Tensor, nn
+
 from ..core.types import IGNORE, Sample, SegOutput
 from ..core.utils import upsample
 
 # %% ../../nbs/training/00_losses.ipynb #acba1ba8
 class WeightedCrossEntropy(nn.Module):
     "Pixel-wise cross-entropy, weighted by trust (DAFormer eq. 1 and 3)"
-    def __init__(self,
-        w:float=1.,        # weight of this criterion
-        parity:bool=False, # divide by all pixels, as the published code does, not by the labelled ones
-        name:str='ce',     # in the log
+
+    def __init__(
+        self,
+        w: float = 1.0,  # weight of this criterion
+        parity: bool = False,  # divide by all pixels, as the published code does, not by the labelled ones
+        name: str = 'ce',  # in the log
     ):
         super().__init__()
-        self.w,self.parity,self.name = w,parity,name
+        self.w = w
+        self.parity = parity
+        self.name = name
 
-    def forward(self,
-        out:SegOutput,        # logits (B,C,h,w)
-        x:Sample,       # lbl (B,H,W), wgt (B,H,W) or None
-        step=None,      # not used
-    )->Tensor: # scalar
+    def forward(
+        self,
+        out: SegOutput,  # logits (B,C,h,w)
+        x: Sample,  # lbl (B,H,W), wgt (B,H,W) or None
+        step=None,  # not used
+    ) -> Tensor:  # scalar
         logits = upsample(out.logits, x.lbl.shape[-2:])
         loss = F.cross_entropy(logits, x.lbl, ignore_index=IGNORE, reduction='none')
-        if x.wgt is not None: loss = loss*x.wgt
-        return loss.mean() if self.parity else loss.sum()/(x.lbl!=IGNORE).sum().clamp(min=1)
+        if x.wgt is not None:
+            loss = loss * x.wgt
+        return loss.mean() if self.parity else loss.sum() / (x.lbl != IGNORE).sum().clamp(min=1)
 
 # %% ../../nbs/training/00_losses.ipynb #ed6fd320
 def downscale_labels(
-    lbl:Tensor,       # (B,H,W) int64
-    size:tuple,       # (h,w) of the feature map
-    n_classes:int,
-    ratio:float=.75,  # smallest share of a cell that one class must fill
-)->Tensor: # (B,h,w) int64; `IGNORE` where no class fills `ratio`
+    lbl: Tensor,  # (B,H,W) int64
+    size: tuple,  # (h,w) of the feature map
+    n_classes: int,
+    ratio: float = 0.75,  # smallest share of a cell that one class must fill
+) -> Tensor:  # (B,h,w) int64; `IGNORE` where no class fills `ratio`
     "One label per feature cell"
-    onehot = F.one_hot(torch.where(lbl==IGNORE, n_classes, lbl), n_classes+1).movedim(-1,1).float()
-    share,cls = F.adaptive_avg_pool2d(onehot, size).max(1)
-    return torch.where((share<ratio) | (cls==n_classes), IGNORE, cls)
+    onehot = (
+        F.one_hot(torch.where(lbl == IGNORE, n_classes, lbl), n_classes + 1).movedim(-1, 1).float()
+    )
+    share, cls = F.adaptive_avg_pool2d(onehot, size).max(1)
+    return torch.where((share < ratio) | (cls == n_classes), IGNORE, cls)
 
 # %% ../../nbs/training/00_losses.ipynb #b1cf0843
 class FeatureDistance(nn.Module):
     "Stay near ImageNet's features on thing classes (DAFormer eq. 6–9)"
-    def __init__(self,
-        encoder,             # module (B,3,H,W) -> maps; frozen here, the last map is used
-        things:tuple,        # class indices that count as things
-        n_classes:int,
-        w:float=.005,        # λ_FD
-        ratio:float=.75,     # see `downscale_labels`
+
+    def __init__(
+        self,
+        encoder,  # module (B,3,H,W) -> maps; frozen here, the last map is used
+        things: tuple,  # class indices that count as things
+        n_classes: int,
+        w: float = 0.005,  # λ_FD
+        ratio: float = 0.75,  # see `downscale_labels`
     ):
         super().__init__()
-        self.name,self.w,self.ratio,self.n = 'fd',w,ratio,n_classes
+        self.name = 'fd'
+        self.w = w
+        self.ratio = ratio
+        self.n = n_classes
         self.register_buffer('things', torch.tensor(things, dtype=torch.long), persistent=False)
-        self.frozen = [encoder.eval().requires_grad_(False)]           # in a list: not a submodule, not in checkpoints
+        self.frozen = [
+            encoder.eval().requires_grad_(False)
+        ]  # in a list: not a submodule, not in checkpoints
 
     def _apply(self, fn):
         self.frozen[0]._apply(fn)
         return super()._apply(fn)
 
-    def cells(self, lbl, size): return torch.isin(downscale_labels(lbl, size, self.n, self.ratio), self.things)
+    def cells(self, lbl, size):
+        return torch.isin(downscale_labels(lbl, size, self.n, self.ratio), self.things)
 
-    def forward(self,
-        out:SegOutput,     # feats[-1] (B,c,h,w)
-        x:Sample,    # img and lbl
-        step=None,   # not used
-    )->Tensor: # scalar, 0 if no cell holds a thing
+    def forward(
+        self,
+        out: SegOutput,  # feats[-1] (B,c,h,w)
+        x: Sample,  # img and lbl
+        step=None,  # not used
+    ) -> Tensor:  # scalar, 0 if no cell holds a thing
         f = out.feats[-1]
-        with torch.no_grad(): e = self.frozen[0](x.img)[-1]
+        with torch.no_grad():
+            e = self.frozen[0](x.img)[-1]
         mask = self.cells(x.lbl, f.shape[-2:])
-        d2 = (f-e).float().square().sum(1)
-        return (d2.clamp(min=1e-12).sqrt()*mask).sum()/mask.sum().clamp(min=1)
+        d2 = (f - e).float().square().sum(1)
+        return (d2.clamp(min=1e-12).sqrt() * mask).sum() / mask.sum().clamp(min=1)

@@ -10,34 +10,39 @@ import math
 
 # %% ../../nbs/training/03_schedules.ipynb #6a1f00a9
 def poly_warmup(
-    it:int,            # steps already done
-    steps:int=40_000,  # length of the run
-    warmup:int=1500,   # steps of linear warm-up; 0 = none
-    power:float=1.,    # of the decay
-    ratio:float=1e-6,  # where warm-up begins
-)->float: # factor of the base learning rate
+    it: int,  # steps already done
+    steps: int = 40_000,  # length of the run
+    warmup: int = 1500,  # steps of linear warm-up; 0 = none
+    power: float = 1.0,  # of the decay
+    ratio: float = 1e-6,  # where warm-up begins
+) -> float:  # factor of the base learning rate
     "Warm-up times polynomial decay (DAFormer sec. 4.1)"
-    warm = 1-(1-it/warmup)*(1-ratio) if it<warmup else 1.
-    return warm*(1-it/steps)**power
+    warm = 1 - (1 - it / warmup) * (1 - ratio) if it < warmup else 1.0
+    return warm * (1 - it / steps) ** power
 
 # %% ../../nbs/training/03_schedules.ipynb #e96eb355
 def cycle_ends(
-    steps:int,  # length of the run
-    cycles:int, # at least 1, at most `steps`
-)->list: # steps done when each cycle ends; the last is `steps`
+    steps: int,  # length of the run
+    cycles: int,  # at least 1, at most `steps`
+) -> list:  # steps done when each cycle ends; the last is `steps`
     "Where cycles end; they are equally long, or differ by one step"
-    if not 1<=cycles<=steps: raise ValueError(f'{cycles} cycles in {steps} steps: there must be at least one, and each needs a step')
-    return [(i+1)*steps//cycles for i in range(cycles)]
+    if not 1 <= cycles <= steps:
+        raise ValueError(
+            f'{cycles} cycles in {steps} steps: there must be at least one, and each needs a step'
+        )
+    return [(i + 1) * steps // cycles for i in range(cycles)]
+
 
 def cosine_cycles(
-    it:int,        # steps already done
-    steps:int,     # length of the run
-    cycles:int=12, # of the learning rate
-    low:float=.01, # where each cycle ends
-)->float: # factor of the base learning rate
+    it: int,  # steps already done
+    steps: int,  # length of the run
+    cycles: int = 12,  # of the learning rate
+    low: float = 0.01,  # where each cycle ends
+) -> float:  # factor of the base learning rate
     "In each cycle from 1 down to `low`, as a cosine; a schedule for `Trainer`, like `poly_warmup`"
     ends = [0, *cycle_ends(steps, cycles)]
-    i = ((it+1)*cycles-1)//steps
-    if not 0<=i<cycles: raise ValueError(f'step {it} is not in a run of {steps}')
-    n,t = ends[i+1]-ends[i],it-ends[i]
-    return low+.5*(1-low)*(1+math.cos(math.pi*t/(n-1))) if n>1 else low
+    i = ((it + 1) * cycles - 1) // steps
+    if not 0 <= i < cycles:
+        raise ValueError(f'step {it} is not in a run of {steps}')
+    n, t = ends[i + 1] - ends[i], it - ends[i]
+    return low + 0.5 * (1 - low) * (1 + math.cos(math.pi * t / (n - 1))) if n > 1 else low

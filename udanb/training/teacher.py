@@ -7,89 +7,103 @@ __all__ = ['ema_decay', 'hard_pseudo_labels', 'zero_margins', 'EMATeacher']
 
 # %% ../../nbs/training/02_teacher.ipynb #0a85433b
 from copy import deepcopy
+
 import torch
 from fastcore.basics import patch
-from torch import nn, Tensor
+from torch import Tensor, nn
+
 from ..core.types import Sample, SegOutput
 from ..core.utils import upsample
 
 # %% ../../nbs/training/02_teacher.ipynb #a24e4718
 def ema_decay(
-    it:int,           # steps already done
-    alpha:float=.999, # the final decay; a run of N steps should keep 1/(1-alpha) well below N
-)->float: # share of the old teacher that stays
+    it: int,  # steps already done
+    alpha: float = 0.999,  # the final decay; a run of N steps should keep 1/(1-alpha) well below N
+) -> float:  # share of the old teacher that stays
     "The decay at step `it` (0 at the first: a copy)"
-    return min(1-1/(it+1), alpha)
+    return min(1 - 1 / (it + 1), alpha)
 
 # %% ../../nbs/training/02_teacher.ipynb #68acee21
 def hard_pseudo_labels(
-    prob:Tensor,     # (B,C,H,W) probabilities
-    tau:float=.968,  # what counts as sure
-)->tuple: # labels (B,H,W) int64, q scalar tensor
+    prob: Tensor,  # (B,C,H,W) probabilities
+    tau: float = 0.968,  # what counts as sure
+) -> tuple:  # labels (B,H,W) int64, q scalar tensor
     "Hard pseudo-labels and the share of sure pixels over the batch (DAFormer eq. 3)"
-    p,lbl = prob.max(1)
-    return lbl, (p>=tau).float().mean()
+    p, lbl = prob.max(1)
+    return lbl, (p >= tau).float().mean()
 
 # %% ../../nbs/training/02_teacher.ipynb #2aaf1c4f
 def zero_margins(
-    wgt:Tensor,  # (B,H,W)
-    top:int=0,   # rows of the crop that get no weight; DAFormer 15
-    bottom:int=0,# DAFormer 120
-)->Tensor: # the same with those rows at 0
+    wgt: Tensor,  # (B,H,W)
+    top: int = 0,  # rows of the crop that get no weight; DAFormer 15
+    bottom: int = 0,  # DAFormer 120
+) -> Tensor:  # the same with those rows at 0
     "DAFormer's margins in rows of the crop"
     wgt = wgt.clone()
-    wgt[:,:top] = 0
-    if bottom: wgt[:,-bottom:] = 0
+    wgt[:, :top] = 0
+    if bottom:
+        wgt[:, -bottom:] = 0
     return wgt
 
 # %% ../../nbs/training/02_teacher.ipynb #3e8e6659
 class EMATeacher(nn.Module):
     "A slow copy of the student that labels the target"
-    def __init__(self,
-        net:nn.Module,       # the student: img -> `SegOutput`
-        alpha:float=.999,    # decay, see `ema_decay`
-        tau:float=.968,      # confidence threshold
-        rows:tuple=(0,0),    # (top, bottom) rows of the crop without trust, see `zero_margins`
-        bn:str='batch',      # BatchNorm by 'batch' (of the target) or 'student' (running statistics)
+
+    def __init__(
+        self,
+        net: nn.Module,  # the student: img -> `SegOutput`
+        alpha: float = 0.999,  # decay, see `ema_decay`
+        tau: float = 0.968,  # confidence threshold
+        rows: tuple = (0, 0),  # (top, bottom) rows of the crop without trust, see `zero_margins`
+        bn: str = 'batch',  # BatchNorm by 'batch' (of the target) or 'student' (running statistics)
     ):
         super().__init__()
-        if bn not in ('batch','student'): raise ValueError(f"bn='{bn}': choose 'batch' or 'student'")
+        if bn not in ('batch', 'student'):
+            raise ValueError(f"bn='{bn}': choose 'batch' or 'student'")
         self.net = deepcopy(net).requires_grad_(False)
-        self.alpha,self.tau,self.rows,self.bn = alpha,tau,rows,bn
+        self.alpha = alpha
+        self.tau = tau
+        self.rows = rows
+        self.bn = bn
         self.train()
 
     def train(self, mode=True):
         "The teacher keeps its own mode: dropout and stochastic depth off, BatchNorm as chosen"
         self.training = mode
-        self.net.train(self.bn=='batch')
+        self.net.train(self.bn == 'batch')
         for m in self.net.modules():
-            if isinstance(m, nn.modules.dropout._DropoutNd) or type(m).__name__=='DropPath': m.eval()
+            if isinstance(m, nn.modules.dropout._DropoutNd) or type(m).__name__ == 'DropPath':
+                m.eval()
         return self
 
     @torch.no_grad()
-    def forward(self, img:Tensor)->SegOutput: return self.net(img)
+    def forward(self, img: Tensor) -> SegOutput:
+        return self.net(img)
 
 # %% ../../nbs/training/02_teacher.ipynb #e300c42e
 @patch
 @torch.no_grad()
-def update(self:EMATeacher,
-    net:nn.Module, # the student
-    it:int,        # steps already done
+def update(
+    self: EMATeacher,
+    net: nn.Module,  # the student
+    it: int,  # steps already done
 ):
     "Move towards the student (before the student's step, as published)"
-    old,new = list(self.net.parameters()),[p.detach() for p in net.parameters()]
-    torch._foreach_lerp_(old, new, 1-ema_decay(it, self.alpha))
-    if self.bn=='student' or it==0:
-        for o,n in zip(self.net.buffers(), net.buffers()): o.copy_(n)
+    old, new = list(self.net.parameters()), [p.detach() for p in net.parameters()]
+    torch._foreach_lerp_(old, new, 1 - ema_decay(it, self.alpha))
+    if self.bn == 'student' or it == 0:
+        for o, n in zip(self.net.buffers(), net.buffers()):
+            o.copy_(n)
 
 # %% ../../nbs/training/02_teacher.ipynb #4d5f596f
 @patch
 @torch.no_grad()
-def label(self:EMATeacher,
-    tgt:Sample, # img, and wgt = valid mask or None
-    out:SegOutput,    # what `forward` said about it
-)->Sample: # img, lbl = pseudo-labels, wgt = q where the image is valid
+def label(
+    self: EMATeacher,
+    tgt: Sample,  # img, and wgt = valid mask or None
+    out: SegOutput,  # what `forward` said about it
+) -> Sample:  # img, lbl = pseudo-labels, wgt = q where the image is valid
     "Pseudo-labels and their trust"
-    lbl,q = hard_pseudo_labels(upsample(out.logits, tgt.img.shape[-2:]).softmax(1), self.tau)
-    wgt = q.expand(lbl.shape) if tgt.wgt is None else q*tgt.wgt
+    lbl, q = hard_pseudo_labels(upsample(out.logits, tgt.img.shape[-2:]).softmax(1), self.tau)
+    wgt = q.expand(lbl.shape) if tgt.wgt is None else q * tgt.wgt
     return Sample(tgt.img, lbl, zero_margins(wgt, *self.rows), tgt.name)

@@ -12,10 +12,12 @@ import time
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
+
 import torch
 from accelerate import Accelerator
 from fastcore.basics import patch, store_attr
 from torch import nn
+
 from ..core.state_dicts import compare_state_dicts, format_key_diff
 from ..core.storage import atomic_write
 from ..core.types import Sample
@@ -26,191 +28,273 @@ from .schedules import poly_warmup
 # %% ../../nbs/training/05_trainer.ipynb #9596edd9
 class Step:
     "One training step: both domains, the nets, and what the teacher says, computed at most once"
-    def __init__(self,
-        src:Sample,             # img, lbl
-        tgt:Sample|None,        # img, wgt = valid mask; no labels
-        model,                  # the student, img -> `SegOutput`
-        teacher=None,           # `EMATeacher`, if the method has one
-        it:int=0,               # steps already done
-        amp=nullcontext,        # mixed precision context
-    ): store_attr()
+
+    def __init__(
+        self,
+        src: Sample,  # img, lbl
+        tgt: Sample | None,  # img, wgt = valid mask; no labels
+        model,  # the student, img -> `SegOutput`
+        teacher=None,  # `EMATeacher`, if the method has one
+        it: int = 0,  # steps already done
+        amp=nullcontext,  # mixed precision context
+    ):
+        store_attr()
 
     @cached_property
     def teacher_output(self):
         "`SegOutput` of the teacher on the target"
-        with self.amp(): return self.teacher(self.tgt.img)
+        with self.amp():
+            return self.teacher(self.tgt.img)
 
     @cached_property
-    def pseudo(self): return self.teacher.label(self.tgt, self.teacher_output)   # `Sample` with labels and trust
+    def pseudo(self):
+        return self.teacher.label(self.tgt, self.teacher_output)  # `Sample` with labels and trust
 
 # %% ../../nbs/training/05_trainer.ipynb #cca256b8
 class Pass(nn.Module):
     "One forward and one backward: what to look at, and what to ask of it"
-    def __init__(self,
-        name:str,   # prefix of its losses in the log
-        view,       # `Step` -> `Sample`
-        *crits,     # modules `(SegOutput, Sample, Step)` -> scalar, with `name` and `w`
+
+    def __init__(
+        self,
+        name: str,  # prefix of its losses in the log
+        view,  # `Step` -> `Sample`
+        *crits,  # modules `(SegOutput, Sample, Step)` -> scalar, with `name` and `w`
     ):
         super().__init__()
-        self.name,self.view,self.crits = name,view,nn.ModuleList(crits)
+        self.name = name
+        self.view = view
+        self.crits = nn.ModuleList(crits)
 
 # %% ../../nbs/training/05_trainer.ipynb #56e39831
 class Method(nn.Module):
     "A UDA method: passes in order, each yielded to be backpropagated before the next forward"
-    def __init__(self,
-        *passes:Pass,
+
+    def __init__(
+        self,
+        *passes: Pass,
         teacher=None,  # an `EMATeacher`, updated at the start of each step
     ):
         super().__init__()
-        self.passes,self.teacher = nn.ModuleList(passes),teacher
+        self.passes, self.teacher = nn.ModuleList(passes), teacher
 
-    def __len__(self): return len(self.passes)
+    def __len__(self):
+        return len(self.passes)
+
     def forward(self, step):
         for p in self.passes:
             with step.amp():
                 x = p.view(step)
                 out = step.model(x.img)
-                parts = {c.name: c.w*c(out, x, step) for c in p.crits}
-            yield p.name,parts
-            del x,out,parts                                             # nothing outlives its pass
+                parts = {c.name: c.w * c(out, x, step) for c in p.crits}
+            yield p.name, parts
+            del x, out, parts  # nothing outlives its pass
 
 # %% ../../nbs/training/05_trainer.ipynb #f7746e71
 class Trainer:
     "The whole training loop"
-    def __init__(self,
-        model:nn.Module,      # the student
-        method:Method,        # what is asked of it
-        groups:list,          # parameter groups of the student, each with its base `lr`
-        loader,               # start step -> iterable of (src, tgt) `Sample`s, or of (src, tgt, skipped)
-        steps:int,            # length of the run
-        out,                  # folder for log.jsonl and checkpoint.pt
-        seed:int=0,
-        schedule=poly_warmup, # (it, steps) -> factor of the base learning rate
-        recipe:dict=None,     # what makes this run this run; a checkpoint with another one is refused
-        evaluate=None,        # net -> dict of numbers; asked of student and teacher
-        eval_every:int=0,     # steps; 0 = only at the end
-        save_every:int=0,     # steps; 0 = only at the end
-        accelerator:Accelerator=None, # device, precision, processes
-        callbacks=(),         # `(trainer, logs)` after each step; they only read
-        quiet:bool=False,     # no progress bar
+
+    def __init__(
+        self,
+        model: nn.Module,  # the student
+        method: Method,  # what is asked of it
+        groups: list,  # parameter groups of the student, each with its base `lr`
+        loader,  # start step -> iterable of (src, tgt) `Sample`s, or of (src, tgt, skipped)
+        steps: int,  # length of the run
+        out,  # folder for log.jsonl and checkpoint.pt
+        seed: int = 0,
+        schedule=poly_warmup,  # (it, steps) -> factor of the base learning rate
+        recipe: dict = None,  # what makes this run this run; a checkpoint with another one is refused
+        evaluate=None,  # net -> dict of numbers; asked of student and teacher
+        eval_every: int = 0,  # steps; 0 = only at the end
+        save_every: int = 0,  # steps; 0 = only at the end
+        accelerator: Accelerator = None,  # device, precision, processes
+        callbacks=(),  # `(trainer, logs)` after each step; they only read
+        quiet: bool = False,  # no progress bar
     ):
         store_attr(but='model,groups')
-        self.accelerator,self.out,self.it = accelerator or Accelerator(),Path(out),0
-        if self.accelerator.num_processes>1:
-            raise ValueError(f'{self.accelerator.num_processes} processes: all would train on the same batches and write the same files; '
-                             'run one process (and several runs side by side, see experiments.ipynb)')
+        self.accelerator = accelerator or Accelerator()
+        self.out = Path(out)
+        self.it = 0
+        if self.accelerator.num_processes > 1:
+            raise ValueError(
+                f'{self.accelerator.num_processes} processes: all would train on the same batches and write the same files; '
+                'run one process (and several runs side by side, see experiments.ipynb)'
+            )
         extra = [p for p in method.parameters() if p.requires_grad]
         groups = groups + ([dict(params=extra, lr=max(g['lr'] for g in groups))] if extra else [])
         self.base = [g['lr'] for g in groups]
         self.method = method.to(self.accelerator.device).train()
-        self.model,self.opt = self.accelerator.prepare(model.train(), torch.optim.AdamW(groups))
+        self.model, self.opt = self.accelerator.prepare(model.train(), torch.optim.AdamW(groups))
 
     @property
-    def student(self): return self.accelerator.unwrap_model(self.model)
+    def student(self):
+        return self.accelerator.unwrap_model(self.model)
+
     @property
-    def teacher(self): return self.method.teacher
+    def teacher(self):
+        return self.method.teacher
 
 # %% ../../nbs/training/05_trainer.ipynb #96a57dc9
 @patch
-def step(self:Trainer,
-    src:Sample, tgt:Sample|None, # the batches, on any device
-)->dict: # losses by 'pass/criterion', `q` = trust in the pseudo-labels, `lr`
+def step(
+    self: Trainer,
+    src: Sample,
+    tgt: Sample | None,  # the batches, on any device
+) -> dict:  # losses by 'pass/criterion', `q` = trust in the pseudo-labels, `lr`
     "One optimiser step"
     seed_all(self.seed, self.it)
-    for g,lr in zip(self.opt.param_groups, self.base): g['lr'] = lr*self.schedule(self.it, self.steps)
-    src,tgt = src.to(self.accelerator.device), tgt and tgt.to(self.accelerator.device)
-    if self.teacher is not None: self.teacher.update(self.student, self.it)
-    s,logs = Step(src, tgt, self.model, self.teacher, self.it, self.accelerator.autocast),{}
+    for g, lr in zip(self.opt.param_groups, self.base):
+        g['lr'] = lr * self.schedule(self.it, self.steps)
+    src, tgt = src.to(self.accelerator.device), tgt and tgt.to(self.accelerator.device)
+    if self.teacher is not None:
+        self.teacher.update(self.student, self.it)
+    s, logs = Step(src, tgt, self.model, self.teacher, self.it, self.accelerator.autocast), {}
     passes = self.method(s)
     for i in range(len(self.method)):
-        with nullcontext() if i==len(self.method)-1 else self.accelerator.no_sync(self.model):
-            name,parts = next(passes)
+        with nullcontext() if i == len(self.method) - 1 else self.accelerator.no_sync(self.model):
+            name, parts = next(passes)
             self.accelerator.backward(sum(parts.values()))
-        logs |= {f'{name}/{k}': v.detach() for k,v in parts.items()}
-    if 'pseudo' in s.__dict__: logs['q'] = s.pseudo.wgt.max()
+        logs |= {f'{name}/{k}': v.detach() for k, v in parts.items()}
+    if 'pseudo' in s.__dict__:
+        logs['q'] = s.pseudo.wgt.max()
     logs = dict(zip(logs, torch.stack([v.float() for v in logs.values()]).tolist()))
-    if not all(map(math.isfinite, logs.values())): self.stop_nonfinite(logs, src, tgt)
-    self.opt.step(); self.opt.zero_grad(set_to_none=True)
+    if not all(map(math.isfinite, logs.values())):
+        self.stop_nonfinite(logs, src, tgt)
+    self.opt.step()
+    self.opt.zero_grad(set_to_none=True)
     self.it += 1
     return logs | dict(lr=self.opt.param_groups[0]['lr'])
 
+
 @patch
-def stop_nonfinite(self:Trainer, logs, src, tgt):
+def stop_nonfinite(self: Trainer, logs, src, tgt):
     "Name the step, the loss and the pictures"
     self.opt.zero_grad(set_to_none=True)
-    bad = ', '.join(f'{k}={v}' for k,v in logs.items() if not math.isfinite(v))
+    bad = ', '.join(f'{k}={v}' for k, v in logs.items() if not math.isfinite(v))
     names = '\n  '.join([*src.name, *(tgt.name if tgt else ())])
-    raise FloatingPointError(f'step {self.it}: {bad}. The pictures were\n  {names}\n'
-                             f'Weights are untouched since step {self.it-1}; try a lower lr, longer warm-up, or look at these files.')
+    raise FloatingPointError(
+        f'step {self.it}: {bad}. The pictures were\n  {names}\n'
+        f'Weights are untouched since step {self.it - 1}; try a lower lr, longer warm-up, or look at these files.'
+    )
 
 # %% ../../nbs/training/05_trainer.ipynb #d5777154
 @patch
-def save(self:Trainer)->Path:
+def save(self: Trainer) -> Path:
     "Write checkpoint.pt atomically"
-    state = dict(it=self.it, model=self.student.state_dict(), method=self.method.state_dict(), opt=self.opt.state_dict(),
-                 recipe=json.dumps(self.recipe, default=str))
-    if self.accelerator.scaler is not None: state['scaler'] = self.accelerator.scaler.state_dict()
-    return atomic_write(self.out/'checkpoint.pt', lambda p: torch.save(state, p))
+    state = dict(
+        it=self.it,
+        model=self.student.state_dict(),
+        method=self.method.state_dict(),
+        opt=self.opt.state_dict(),
+        recipe=json.dumps(self.recipe, default=str),
+    )
+    if self.accelerator.scaler is not None:
+        state['scaler'] = self.accelerator.scaler.state_dict()
+    return atomic_write(self.out / 'checkpoint.pt', lambda p: torch.save(state, p))
+
 
 @patch
-def resume(self:Trainer)->bool: # was there a checkpoint?
+def resume(self: Trainer) -> bool:  # was there a checkpoint?
     "Continue from checkpoint.pt, if there is one of the same recipe"
-    path = self.out/'checkpoint.pt'
-    if not path.exists(): return False
-    try: state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: raise ValueError(f'{path}: not a readable checkpoint ({e}). Remove it to start afresh.') from e
-    check_same_recipe(json.loads(state['recipe']), json.loads(json.dumps(self.recipe, default=str)), path)
-    for m,s in ((self.student,state['model']), (self.method,state['method'])):
+    path = self.out / 'checkpoint.pt'
+    if not path.exists():
+        return False
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as e:
+        raise ValueError(
+            f'{path}: not a readable checkpoint ({e}). Remove it to start afresh.'
+        ) from e
+    check_same_recipe(
+        json.loads(state['recipe']), json.loads(json.dumps(self.recipe, default=str)), path
+    )
+    for m, s in ((self.student, state['model']), (self.method, state['method'])):
         if diff := compare_state_dicts(m.state_dict(), s):
-            raise ValueError(f"{path} was written by another version of this method: {'; '.join(format_key_diff(diff))}. Finish the run with that version, "
-                             'or remove the file to start afresh.')
+            raise ValueError(
+                f"{path} was written by another version of this method: {'; '.join(format_key_diff(diff))}. Finish the run with that version, "
+                'or remove the file to start afresh.'
+            )
         m.load_state_dict(s)
-    self.opt.load_state_dict(state['opt']); self.it = state['it']
-    if 'scaler' in state and self.accelerator.scaler is not None: self.accelerator.scaler.load_state_dict(state['scaler'])
+    self.opt.load_state_dict(state['opt'])
+    self.it = state['it']
+    if 'scaler' in state and self.accelerator.scaler is not None:
+        self.accelerator.scaler.load_state_dict(state['scaler'])
     return True
 
 # %% ../../nbs/training/05_trainer.ipynb #79ad6f61
 def check_same_recipe(
-    old:dict, new:dict, # recipes, or None
-    path,               # whose recipe `old` is, for the message
+    old: dict,
+    new: dict,  # recipes, or None
+    path,  # whose recipe `old` is, for the message
 ):
     "Raise `ValueError` naming the fields if two recipes differ"
-    old,new = old or {},new or {}
-    diff = [f'{k}: {old.get(k)!r} there, {new.get(k)!r} here' for k in sorted({*old,*new}) if old.get(k)!=new.get(k)]
-    if diff: raise ValueError(f'{path} belongs to another recipe ({"; ".join(diff)}). Choose another `out`, or remove that file.')
+    old, new = old or {}, new or {}
+    diff = [
+        f'{k}: {old.get(k)!r} there, {new.get(k)!r} here'
+        for k in sorted({*old, *new})
+        if old.get(k) != new.get(k)
+    ]
+    if diff:
+        raise ValueError(
+            f'{path} belongs to another recipe ({"; ".join(diff)}). Choose another `out`, or remove that file.'
+        )
 
 # %% ../../nbs/training/05_trainer.ipynb #5ca7f4ea
 @patch
-def fit(self:Trainer)->list: # the log, one dict per step
+def fit(self: Trainer) -> list:  # the log, one dict per step
     "Train to the end, from the checkpoint if there is one"
     self.out.mkdir(parents=True, exist_ok=True)
     self.resume()
-    log = read_log(self.out/'log.jsonl', self.it)
-    atomic_write(self.out/'log.jsonl', ''.join(json.dumps(r)+'\n' for r in log))
-    bar = progress_bar(desc=self.out.name, total=self.steps, initial=self.it, quiet=self.quiet or not self.accelerator.is_main_process)
-    with bar, open(self.out/'log.jsonl', 'a', buffering=1) as f:
-        for src,tgt,*more in self.loader(self.it) if self.it<self.steps else ():
+    log = read_log(self.out / 'log.jsonl', self.it)
+    atomic_write(self.out / 'log.jsonl', ''.join(json.dumps(r) + '\n' for r in log))
+    bar = progress_bar(
+        desc=self.out.name,
+        total=self.steps,
+        initial=self.it,
+        quiet=self.quiet or not self.accelerator.is_main_process,
+    )
+    with bar, open(self.out / 'log.jsonl', 'a', buffering=1) as f:
+        for src, tgt, *more in self.loader(self.it) if self.it < self.steps else ():
             t0 = time.perf_counter()
-            row = dict(it=self.it+1) | self.step(src, tgt) | dict(sec=round(time.perf_counter()-t0, 4))
-            if more and more[0]: row['skipped'] = dict(more[0])
-            if self.is_due(self.eval_every): row |= self.evaluate_networks()
-            for c in self.callbacks: c(self, row)
-            log.append(row); f.write(json.dumps(row)+'\n')
-            bar.set_postfix_str(progress_summary(log), refresh=False); bar.update()
-            if self.is_due(self.save_every): self.save()
+            row = (
+                dict(it=self.it + 1)
+                | self.step(src, tgt)
+                | dict(sec=round(time.perf_counter() - t0, 4))
+            )
+            if more and more[0]:
+                row['skipped'] = dict(more[0])
+            if self.is_due(self.eval_every):
+                row |= self.evaluate_networks()
+            for c in self.callbacks:
+                c(self, row)
+            log.append(row)
+            f.write(json.dumps(row) + '\n')
+            bar.set_postfix_str(progress_summary(log), refresh=False)
+            bar.update()
+            if self.is_due(self.save_every):
+                self.save()
     return log
 
+
 @patch
-def is_due(self:Trainer, every:int)->bool: # is it time? Always at the end
+def is_due(self: Trainer, every: int) -> bool:  # is it time? Always at the end
     "Every so many steps, and at the end"
-    return self.it==self.steps or bool(every) and self.it%every==0
+    return self.it == self.steps or bool(every) and self.it % every == 0
 
 # %% ../../nbs/training/05_trainer.ipynb #a71a3d81
 @patch
-def evaluate_networks(self:Trainer)->dict: # 'miou/student': …, and the teacher's, if there is one
+def evaluate_networks(
+    self: Trainer,
+) -> dict:  # 'miou/student': …, and the teacher's, if there is one
     "Evaluate student and teacher, leaving their modes as they were"
-    if self.evaluate is None: return {}
-    nets = dict(student=self.student) | ({} if self.teacher is None else dict(teacher=self.teacher.net))
-    res = {f'{k}/{who}': v for who,net in nets.items() for k,v in self.evaluate(net.eval()).items()}
-    self.model.train(); self.method.train()
+    if self.evaluate is None:
+        return {}
+    nets = dict(student=self.student) | (
+        {} if self.teacher is None else dict(teacher=self.teacher.net)
+    )
+    res = {
+        f'{k}/{who}': v for who, net in nets.items() for k, v in self.evaluate(net.eval()).items()
+    }
+    self.model.train()
+    self.method.train()
     return res

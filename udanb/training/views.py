@@ -7,78 +7,111 @@ __all__ = ['source_view', 'target_view', 'class_mask', 'MixedView', 'patch_mask'
 
 # %% ../../nbs/training/01_views.ipynb #03cccab8
 from dataclasses import replace
+
 import torch
-from torch import nn, Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
 from ..core.types import IGNORE, Sample
 
 # %% ../../nbs/training/01_views.ipynb #f9c3ec2f
-def source_view(step)->Sample: # img, lbl
+def source_view(step) -> Sample:  # img, lbl
     "The labelled source batch as it is"
     return step.src
 
-def target_view(step)->Sample: # img, pseudo-labels, trust
+
+def target_view(step) -> Sample:  # img, pseudo-labels, trust
     "The target batch with the teacher's labels"
     return step.pseudo
 
 # %% ../../nbs/training/01_views.ipynb #e38a9691
 def class_mask(
-    lbl:Tensor,         # (B,H,W) int64 source labels
-    parity:bool=False,  # draw from the whole batch's classes, void included, as the published code does
-)->Tensor: # (B,H,W) bool: True = take from the source
+    lbl: Tensor,  # (B,H,W) int64 source labels
+    parity: bool = False,  # draw from the whole batch's classes, void included, as the published code does
+) -> Tensor:  # (B,H,W) bool: True = take from the source
     "ClassMix: all pixels of a random half of the classes (DACS sec. 3.2)"
     flat = lbl.flatten(1)
-    present = torch.zeros(len(lbl), IGNORE+1, dtype=torch.bool, device=lbl.device).scatter_(1, flat, True)
-    if parity: present = present.any(0, keepdim=True).expand_as(present)
-    else: present[:,IGNORE] = False
-    draw = torch.rand(present.shape, device=lbl.device).masked_fill(~present, 2.)    # absent classes come last
+    present = torch.zeros(len(lbl), IGNORE + 1, dtype=torch.bool, device=lbl.device).scatter_(
+        1, flat, True
+    )
+    if parity:
+        present = present.any(0, keepdim=True).expand_as(present)
+    else:
+        present[:, IGNORE] = False
+    draw = torch.rand(present.shape, device=lbl.device).masked_fill(
+        ~present, 2.0
+    )  # absent classes come last
     rank = draw.argsort(1).argsort(1)
-    chosen = present & (rank < (present.sum(1, keepdim=True)+1)//2)
+    chosen = present & (rank < (present.sum(1, keepdim=True) + 1) // 2)
     return chosen.gather(1, flat).view_as(lbl)
 
 # %% ../../nbs/training/01_views.ipynb #4fff45ba
 class MixedView(nn.Module):
     "A view: source classes pasted onto the target, labels and trust alike (DACS alg. 1)"
-    def __init__(self,
-        mask=class_mask, # (B,H,W) labels -> (B,H,W) bool, True = source pixel
-        strong=None,     # colour augmentation of the mixed image, (B,3,H,W) -> same; None = none
+
+    def __init__(
+        self,
+        mask=class_mask,  # (B,H,W) labels -> (B,H,W) bool, True = source pixel
+        strong=None,  # colour augmentation of the mixed image, (B,3,H,W) -> same; None = none
     ):
         super().__init__()
-        self.mask,self.strong = mask,strong or nn.Identity()
+        self.mask, self.strong = mask, strong or nn.Identity()
 
     @torch.no_grad()
-    def forward(self, step)->Sample: # img (B,3,H,W), lbl (B,H,W), wgt (B,H,W)
-        src,ps,m = step.src,step.pseudo,self.mask(step.src.lbl)
-        return Sample(self.strong(torch.where(m[:,None], src.img, ps.img)), torch.where(m, src.lbl, ps.lbl),
-                      torch.where(m, torch.ones_like(ps.wgt), ps.wgt), tuple(f'{s} on {t}' for s,t in zip(src.name, ps.name)))
+    def forward(self, step) -> Sample:  # img (B,3,H,W), lbl (B,H,W), wgt (B,H,W)
+        src = step.src
+        ps = step.pseudo
+        m = self.mask(step.src.lbl)
+        return Sample(
+            self.strong(torch.where(m[:, None], src.img, ps.img)),
+            torch.where(m, src.lbl, ps.lbl),
+            torch.where(m, torch.ones_like(ps.wgt), ps.wgt),
+            tuple(f'{s} on {t}' for s, t in zip(src.name, ps.name)),
+        )
 
 # %% ../../nbs/training/01_views.ipynb #e01935c3
 def patch_mask(
-    shape:tuple,    # (B,H,W)
-    block=64,       # side of a cell in pixels
-    ratio=.7,       # expected share of cells that are hidden, 0 … 1
-    device='cpu',   # where the mask is wanted
-)->Tensor: # (B,H,W) bool: True = visible
+    shape: tuple,  # (B,H,W)
+    block=64,  # side of a cell in pixels
+    ratio=0.7,  # expected share of cells that are hidden, 0 … 1
+    device='cpu',  # where the mask is wanted
+) -> Tensor:  # (B,H,W) bool: True = visible
     "Square patches hidden at random (MIC eq. 4)"
-    if block<1 or not 0<=ratio<=1: raise ValueError(f'block {block}, ratio {ratio}: a block has at least 1 pixel, a ratio lies between 0 and 1')
-    grid = (max(round(n/block), 1) for n in shape[1:])
-    seen = (torch.rand(shape[0], 1, *grid, device='cpu')>ratio).float()
-    return F.interpolate(seen.to(device), tuple(shape[1:]))[:,0].bool()   # nearest
+    if block < 1 or not 0 <= ratio <= 1:
+        raise ValueError(
+            f'block {block}, ratio {ratio}: a block has at least 1 pixel, a ratio lies between 0 and 1'
+        )
+    grid = (max(round(n / block), 1) for n in shape[1:])
+    seen = (torch.rand(shape[0], 1, *grid, device='cpu') > ratio).float()
+    return F.interpolate(seen.to(device), tuple(shape[1:]))[:, 0].bool()  # nearest
 
 # %% ../../nbs/training/01_views.ipynb #13337cae
 class MaskedView(nn.Module):
     "A view: what another view shows, with patches hidden (MIC eq. 5)"
-    def __init__(self,
-        view=target_view,     # `Step` -> `Sample`
-        block=None,      # side of a patch in pixels; None = a sixteenth of the image's shorter side
-        ratio=.7,        # expected share that is hidden
-        strong=None,     # colour augmentation before hiding, (B,3,H,W) -> same; None = none
+
+    def __init__(
+        self,
+        view=target_view,  # `Step` -> `Sample`
+        block=None,  # side of a patch in pixels; None = a sixteenth of the image's shorter side
+        ratio=0.7,  # expected share that is hidden
+        strong=None,  # colour augmentation before hiding, (B,3,H,W) -> same; None = none
     ):
         super().__init__()
-        self.view,self.block,self.ratio,self.strong = view,block,ratio,strong or nn.Identity()
+        self.view = view
+        self.block = block
+        self.ratio = ratio
+        self.strong = strong or nn.Identity()
 
     @torch.no_grad()
-    def forward(self, step)->Sample: # img (B,3,H,W) with zeros where hidden; the rest as the view gave it
+    def forward(
+        self, step
+    ) -> Sample:  # img (B,3,H,W) with zeros where hidden; the rest as the view gave it
         x = self.view(step)
-        (b,_,h,w),img = x.img.shape,self.strong(x.img)
-        return replace(x, img=img*patch_mask((b,h,w), self.block or max(min(h,w)/16, 1), self.ratio, img.device)[:,None])
+        (b, _, h, w), img = x.img.shape, self.strong(x.img)
+        return replace(
+            x,
+            img=img
+            * patch_mask((b, h, w), self.block or max(min(h, w) / 16, 1), self.ratio, img.device)[
+                :, None
+            ],
+        )
