@@ -568,10 +568,10 @@ def test_disk_full_while_the_journal_is_written(tmp_path, monkeypatch):
             if self.n == 3:
                 raise OSError(errno.ENOSPC, 'No space left on device')
 
-    from udanb.data.cache import open_journal
+    from udanb.data.cache import open_survey_journal
 
     with monkeypatch.context() as m:
-        m.setattr('udanb.data.validation.open_journal', lambda f: Tight(open_journal(f)))
+        m.setattr('udanb.data.validation.open_survey_journal', lambda f: Tight(open_survey_journal(f)))
         with pytest.raises(OSError, match='lost nothing'):
             validate_split(train(GTA, tmp_path), **KW)
     s = validate_split(train(GTA, tmp_path), **KW)
