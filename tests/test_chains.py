@@ -951,7 +951,7 @@ def test_several_targets(data, tmp_path):
     for wrong in (where[0], where[:1], (*where, where[0])):
         with pytest.raises(ValueError, match='selftrain learns stored pseudo-labels of 2 targets'):
             open_datasets(replace(again, pseudo=wrong), data)
-    with pytest.raises(ValueError, match='have the dataset camvid, asked for is demo_target'):
+    with pytest.raises(ValueError, match='have the dataset camvid, not demo_target'):
         open_datasets(replace(again, pseudo=where[::-1]), data)
 
 

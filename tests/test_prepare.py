@@ -43,17 +43,15 @@ from udanb.data.class_stats import class_stats, stats_paths
 from udanb.data.custom import parse_dataset_spec, write_dummy_dataset
 from udanb.data.datasets import SegDataset
 from udanb.data.inspection import train_id_path
-from udanb.data.transforms import TrainTransform, resize_keep_ratio
-from udanb.data.validation import (
+from udanb.data.report import (
     class_summary,
     format_verdict,
     list_problems,
-    open_splits,
-    orphan_labels,
     show_frequencies,
     unknown_ids,
-    validate_split,
 )
+from udanb.data.transforms import TrainTransform, resize_keep_ratio
+from udanb.data.validation import open_splits, orphan_labels, validate_split
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = os.environ | dict(OMP_NUM_THREADS='1', NO_ALBUMENTATIONS_UPDATE='1', IN_TEST='1')
@@ -228,7 +226,7 @@ def test_splits_absent_unlabelled_or_shared(tmp_path):
     )
     assert (
         format_verdict(list_problems([a, b]), [a, b])
-        == 'ready to train; without labels, so of use as a target only: train'
+        == 'ready to train; no labels, usable only as a target: train'
         and not (d / 'sample_class_stats.json').exists()
     )
     with pytest.raises(FileNotFoundError, match='from_games'):
@@ -536,7 +534,7 @@ def test_full_disk_stops_and_goes_on(tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr('udanb.core.storage.os.replace', full)
         with pytest.raises(
-            OSError, match='No space left.*lost nothing.*run the same command again'
+            OSError, match='No space left.*finished images are kept.*run the same command again'
         ) as e:
             validate_split(train(GTA, tmp_path), convert=True, **KW)
     assert e.value.errno == errno.ENOSPC and lines(d) == 3 and not list(d.rglob('*.part*'))
@@ -572,7 +570,7 @@ def test_disk_full_while_the_journal_is_written(tmp_path, monkeypatch):
 
     with monkeypatch.context() as m:
         m.setattr('udanb.data.validation.open_survey_journal', lambda f: Tight(open_survey_journal(f)))
-        with pytest.raises(OSError, match='lost nothing'):
+        with pytest.raises(OSError, match='finished images are kept'):
             validate_split(train(GTA, tmp_path), **KW)
     s = validate_split(train(GTA, tmp_path), **KW)
     assert (
@@ -794,7 +792,7 @@ def test_figure_of_a_merged_space():
     fig = show_frequencies([{0: 90, 3: 5, 2: 5}, None, {0: 10}], CAMVID.space, CAMVID.merge)
     a, b = fig.axes
     names = [t.get_text() for t in a.get_yticklabels()]
-    assert names[:2] == ['road', 'building'] and b.get_xlabel() == 'images that show it, of 2'
+    assert names[:2] == ['road', 'building'] and b.get_xlabel() == 'images that contain it, of 2'
     assert [t.get_text().strip() for t in a.texts[:3]] == ['91 %', '9.1 %', 'never'] and [
         p.get_width() for p in b.patches[:2]
     ] == [2, 1]

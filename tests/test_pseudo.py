@@ -337,7 +337,7 @@ def test_a_folder_is_of_one_split(tmp_path):
     net = Net(11)
     train, val = (tree(CAMVID, tmp_path, s, CAMVID11) for s in ('train', 'val'))
     out = go(net, train, tmp_path / 'out', CAMVID11)
-    with pytest.raises(ValueError, match='split train then, val now'):
+    with pytest.raises(ValueError, match='split: train there, val here'):
         go(net, val, out, CAMVID11)
 
 
@@ -414,17 +414,17 @@ def test_other_settings_are_refused(town, tmp_path):
     go(net, town, out, CAMVID11, 0.4)
     before = {f: (out / f).stat().st_mtime_ns for f in files(out)}
     for kw, why in (
-        (dict(threshold=0.5), "threshold {.*0.4.*then, {.*0.5.*now"),
-        (dict(threshold=0.4, confidence=True), 'confidence False then, True now'),
+        (dict(threshold=0.5), "threshold: {.*0.4.*there, {.*0.5.*here"),
+        (dict(threshold=0.4, confidence=True), 'confidence: False there, True here'),
         (
             dict(threshold=0.4, mode='slide', crop=32),
-            'mode whole then, slide now, crop None then, 32 now',
+            'mode: whole there, slide here; crop: None there, 32 here',
         ),
-        (dict(threshold=0.4, tfm=partial(resize_keep_ratio, size=(24, 48))), 'tfm None then'),
+        (dict(threshold=0.4, tfm=partial(resize_keep_ratio, size=(24, 48))), 'tfm: None there'),
     ):
         with pytest.raises(ValueError, match=f'made differently .{why}'):
             go(net, town, out, CAMVID11, **kw)
-    with pytest.raises(ValueError, match='weights .{8} then'):
+    with pytest.raises(ValueError, match='weights: .{8} there'):
         go(Net(11, 1), town, out, CAMVID11, 0.4)
     go(
         net, town, out, CAMVID11, dict.fromkeys(CAMVID11.classes, 0.4)
@@ -612,7 +612,7 @@ def test_twins_are_refused(tmp_path):
 def test_networks_that_do_not_fit(town, tmp_path):
     name = town.names[0]
     with pytest.raises(
-        ValueError, match=f'{name}: the network tells 5 classes apart, camvid11 has 11'
+        ValueError, match=f'{name}: the network predicts 5 classes, label space camvid11 has 11'
     ):
         go(Net(5), town, tmp_path / 'a', CAMVID11)
     net = Net(11)
@@ -628,7 +628,7 @@ def test_networks_that_do_not_fit(town, tmp_path):
 
 def test_descriptions_that_do_not_fit(town, tmp_path):
     out = go(Net(11), town, tmp_path / 'out', CAMVID11)
-    with pytest.raises(ValueError, match='have the dataset camvid, asked for is cityscapes'):
+    with pytest.raises(ValueError, match='have the dataset camvid, not cityscapes'):
         pseudo_spec(CITYSCAPES, out, CAMVID11)
     with pytest.raises(ValueError, match='have the classes'):
         pseudo_spec(CAMVID, out, ZEROWASTE5)
@@ -644,7 +644,8 @@ SCRIPT = '''
 import sys, time, torch
 from torch import nn
 from udanb.data.catalog import CAMVID
-from udanb.core.types import SegOutput, seed_all
+from udanb.core.types import SegOutput
+from udanb.core.utils import seed_all
 from udanb.data.datasets import SegDataset
 from udanb.core.labels import CAMVID11
 from udanb.inference.export_labels import export_pseudo
