@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['checked_image_size', 'count_class_pixels', 'file_signature', 'relative_path', 'label_kind', 'label_settings_hash',
-           'inspect_pair', 'train_id_path', 'write_train_id_label']
+           'inspect_pair', 'journal_paths', 'read_survey_journal', 'open_survey_journal', 'is_current', 'train_id_path',
+           'write_train_id_label']
 
 # %% ../../nbs/data/10_inspection.ipynb #f7a3d0f4
 import hashlib
 import os
+import warnings
 from collections import Counter
 from io import BytesIO
 from pathlib import Path
@@ -18,8 +20,9 @@ from PIL import Image
 
 from ..core.image_io import READ_ERRORS, read_image, read_image_size, read_label
 from ..core.labels import UNDECLARED_ID, bincount_ids
-from ..core.storage import atomic_write
+from ..core.storage import atomic_write, open_jsonl, read_jsonl
 from ..core.types import IGNORE
+from .class_stats import stats_paths
 
 # %% ../../nbs/data/10_inspection.ipynb #f43d8482
 # first two bytes of a file -> the marker near its end (JPEG, PNG)
@@ -171,6 +174,71 @@ def inspect_pair(
     img = _inspect_image(folder, i, row)
     ids = _inspect_label(folder, i, row) if folder.labels else None
     return row, img, ids
+
+# %% ../../nbs/data/10_inspection.ipynb #55d2a798
+def journal_paths(
+    folder,  # `SegDataset`
+) -> list:  # of paths, the first is preferred
+    "Where the journal may be: beside the data, or in the project's cache"
+    return [
+        path.with_name(path.stem.replace('sample_class_stats', 'survey') + '.jsonl')
+        for path in stats_paths(folder)
+    ]
+
+
+def read_survey_journal(
+    folder,  # `SegDataset`
+) -> dict:  # name -> row
+    "The last row of each image, from earlier runs; lines that are no rows are dropped"
+    existing = [path for path in journal_paths(folder) if path.exists()]
+    existing.sort(key=os.path.getmtime)
+    rows = {}
+    for path in existing:
+        for row in read_jsonl(path):
+            if isinstance(row, dict) and isinstance(row.get('name'), str):
+                rows[row['name']] = row
+    return rows
+
+
+def open_survey_journal(
+    folder,  # `SegDataset`
+):  # a binary file
+    "The journal opened for appending; if no location is writable, a warning and `os.devnull`"
+    for path in journal_paths(folder):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return open_jsonl(path)
+        except OSError:
+            continue
+    folders = ', '.join(str(path.parent) for path in journal_paths(folder))
+    warnings.warn(
+        f"no journal of '{folder.spec.name}' can be written in {folders}: an interrupted run will "
+        'start over. Make one of these folders writable'
+    )
+    return open(os.devnull, 'ab')
+
+# %% ../../nbs/data/10_inspection.ipynb #c34acbb8
+def is_current(
+    folder,  # `SegDataset`
+    i: int,  # index of the image
+    row: dict,  # of the journal
+) -> bool:
+    "Whether a row still describes the files"
+    try:
+        if row['sig'] != file_signature(folder.path(i)):
+            return False
+        if any(kind in ('unreadable', 'differs') for kind, *_ in row['faults']):
+            return False
+        if not folder.labels:
+            return True
+        path = folder.label_path(i)
+        label = [relative_path(folder, path), file_signature(path)]
+        if label == row['conv']:
+            return True
+        is_same_label = label == [row['label'], row['lsig']]
+        return is_same_label and row['mark'] == label_settings_hash(folder, i)
+    except (OSError, KeyError, TypeError):  # a missing file, or a row of another version
+        return False
 
 # %% ../../nbs/data/10_inspection.ipynb #d1e83018
 def train_id_path(

@@ -143,7 +143,7 @@ def _draw_bars(ax, values, left, colors, texts):
     ax.tick_params(labelsize=7)
     ax.xaxis.label.set_size(8)
 
-
+# %% ../../nbs/data/13_report.ipynb #688cf36b
 def show_frequencies(
     px,  # for each image {train id: pixels}, or None: `ValidationReport.px`
     space: LabelSpace,

@@ -19,16 +19,16 @@ from torch.utils.data import DataLoader
 from ..core.image_io import find_files
 from ..core.storage import atomic_write, read_json
 from ..core.utils import progress_bar
-from udanb.data.cache import (
-    is_current,
-    open_survey_journal,
-    pending_indices,
-    process_pair,
-    read_survey_journal,
-)
+from .cache import pending_indices, process_pair
 from .class_stats import label_keys, read_stats, stats_paths, write_stats
 from .datasets import SegDataset, SegSpec
-from .inspection import relative_path, train_id_path
+from udanb.data.inspection import (
+    is_current,
+    open_survey_journal,
+    read_survey_journal,
+    relative_path,
+    train_id_path,
+)
 from .loaders import single_threaded
 
 # %% ../../nbs/data/12_validation.ipynb #96eb9ae0
@@ -224,7 +224,7 @@ def validate_split(
     quality=None,  # of JPEG copies; None = lossless
     workers=None,  # processes; None = all cores, and none below 64 images
     quiet=False,  # no progress bar
-) -> ValidationReport:
+) -> ValidationReport:  # one row per image
     "Inspect a split, resuming an earlier run; raises `OSError` on a failed write, `ValueError` for a wrong option"
     convert = convert and bool(folder.labels)
     if convert:

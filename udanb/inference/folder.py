@@ -54,8 +54,8 @@ def read_or_skip(
     name: str,  # the image
     skip_broken: bool,  # True: note an unreadable image and go on
     skipped: dict,  # name -> reason; gets one more entry
-):  # what `read` returns, or None if the image was skipped
-    "Read an image; raises `ValueError` or `OSError` if that fails, unless `skip_broken`"
+):
+    "Returns what `read` returns, or None if it fails and `skip_broken`; raises its `ValueError` or `OSError` otherwise"
     try:
         return read()
     except READ_ERRORS as e:
@@ -80,7 +80,7 @@ def update_record(
 
 
 def write_png(
-    path,
+    path,  # of the file; missing folders are made
     pixels: np.ndarray,  # (H,W) or (H,W,3) uint8
 ) -> Path:  # `path`
     "Write a PNG atomically; raises `OSError` if that fails"
