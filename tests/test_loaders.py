@@ -196,7 +196,7 @@ def test_datasets_that_do_not_fit_are_errors(data):
     with pytest.raises(ValueError, match='2 transforms for 1 datasets'):
         eval_loader(gta(data), [EvalTransform(None)] * 2)
     few = SimpleNamespace(px=np.zeros((3, 19)))
-    with pytest.raises(ValueError, match='knows 3 images, .* has 14'):
+    with pytest.raises(ValueError, match='statistics of 3 images, .* has 14'):
         train_loader(**kit(data, src=two(data), rcs=few))
 
 
