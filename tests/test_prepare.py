@@ -40,7 +40,8 @@ from udanb.data.catalog import (
     ZEROWASTE_V2,
 )
 from udanb.data.class_stats import class_stats, stats_paths
-from udanb.data.custom import parse_dataset_spec, write_dummy_dataset
+from udanb.data.custom import parse_dataset_spec
+from udanb.data.dummy import write_dummy_dataset
 from udanb.data.datasets import SegDataset
 from udanb.data.inspection import train_id_path
 from udanb.data.transforms import TrainTransform, resize_keep_ratio
@@ -460,7 +461,8 @@ import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)      # a shell's background jobs are born deaf to it
 from udanb.data import validation as prepare
 from udanb.data.catalog import GTA
-from udanb.data.custom import write_dummy_dataset, parse_dataset_spec
+from udanb.data.custom import parse_dataset_spec
+from udanb.data.dummy import write_dummy_dataset
 from udanb.data.validation import open_splits, validate_split
 real = prepare.process_pair
 def slow(*a, **kw):          # so that the signal comes in the middle on any machine

@@ -151,8 +151,12 @@ def strip_suffix(
 
 def _label_suffixes(spec):
     "Suffixes of labels that end in an image suffix: such files in the image folder are not images"
-    suffixes = [kind.suffix for kind in spec.labels]
-    return tuple(s for s in suffixes if strip_suffix(s, spec.suffixes) not in ('', s))
+    suffixes = []
+    for kind in spec.labels:
+        shorter = [s for s in spec.suffixes if s != kind.suffix]
+        if kind.suffix.endswith(tuple(shorter)):
+            suffixes.append(kind.suffix)
+    return tuple(suffixes)
 
 
 @patch
