@@ -36,7 +36,7 @@ def kit(root, **kw):
         dict(
             src=gta(root),
             tgt=city(root, labels=False),
-            src_tfm=TrainTransform(None, (24, 24), cat_max=0.75),
+            src_tfm=TrainTransform(None, (24, 24), cat_max_ratio=0.75),
             tgt_tfm=TrainTransform(None, (24, 24), margins=(2, 6, 1, 1)),
             batch=2,
             seed=3,
@@ -360,7 +360,7 @@ def test_everything_at_once_is_the_same_for_any_number_of_workers(data):
     )
     tfms = [
         TrainTransform(
-            (36, 54), (24, 24), cat_max=0.9, augment=[a for a in AUGMENTATIONS if a != 'none']
+            (36, 54), (24, 24), cat_max_ratio=0.9, augment=[a for a in AUGMENTATIONS if a != 'none']
         ),
         TrainTransform(None, (24, 24)),
     ]
@@ -441,7 +441,7 @@ def test_a_file_is_read_once(data, monkeypatch):
     monkeypatch.setattr(
         datasets, 'read_image_size', lambda p: pytest.fail('the header was read again')
     )
-    list(train_loader(**kit(data, src_tfm=TrainTransform(None, (8, 8), cat_max=0.01)), steps=3))
+    list(train_loader(**kit(data, src_tfm=TrainTransform(None, (8, 8), cat_max_ratio=0.01)), steps=3))
     list(eval_loader(gta(data), EvalTransform(None)))
     assert len(count) == 3 * 4 + 10
 

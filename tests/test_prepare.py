@@ -646,7 +646,7 @@ def test_workers_make_no_difference(tmp_path):
 
 def crops(f, box, **kw):
     return [
-        TrainTransform(box, (16, 24), cat_max=0.75, **kw)(f.image(i), f.label(i), rng(i))
+        TrainTransform(box, (16, 24), cat_max_ratio=0.75, **kw)(f.image(i), f.label(i), rng(i))
         for i in range(len(f))
     ]
 
