@@ -441,7 +441,9 @@ def test_a_file_is_read_once(data, monkeypatch):
     monkeypatch.setattr(
         datasets, 'read_image_size', lambda p: pytest.fail('the header was read again')
     )
-    list(train_loader(**kit(data, src_tfm=TrainTransform(None, (8, 8), cat_max_ratio=0.01)), steps=3))
+    list(
+        train_loader(**kit(data, src_tfm=TrainTransform(None, (8, 8), cat_max_ratio=0.01)), steps=3)
+    )
     list(eval_loader(gta(data), EvalTransform(None)))
     assert len(count) == 3 * 4 + 10
 

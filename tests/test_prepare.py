@@ -41,8 +41,8 @@ from udanb.data.catalog import (
 )
 from udanb.data.class_stats import class_stats, stats_paths
 from udanb.data.custom import parse_dataset_spec
-from udanb.data.dummy import write_dummy_dataset
 from udanb.data.datasets import SegDataset
+from udanb.data.dummy import write_dummy_dataset
 from udanb.data.inspection import train_id_path
 from udanb.data.transforms import TrainTransform, resize_keep_ratio
 from udanb.data.validation import (

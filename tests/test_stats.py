@@ -149,7 +149,8 @@ def test_only_what_is_new_is_counted(data, asked):
     assert asked == list(range(10))
     write(data / 'gta/labels/00002.png', np.full((40, 60), 7, np.uint8))
     later(data / 'gta/labels/00002.png')
-    assert class_stats(gta(data))[2][1] == {0: 2400} and asked[10:] == [2]
+    assert class_stats(gta(data))[2][1] == {0: 2400}
+    assert asked[10:] == [2]
     (data / 'gta/labels/00009.png').unlink()
     (data / 'gta/images/00009.png').unlink()
     assert len(class_stats(gta(data))) == 9
@@ -168,17 +169,19 @@ def test_a_changed_label_is_not_hidden_by_counting_others(data, asked):
     assert class_stats(gta(data, limit=3))[1][1] == {
         0: 2400
     }  # writes the file, without having looked at label 7
-    assert class_stats(gta(data))[7][1] == {0: 2400} and asked[10:] == [1, 7]
+    assert class_stats(gta(data))[7][1] == {0: 2400}
+    assert asked[10:] == [1, 7]
 
 
 def test_entries_of_other_files_survive(data):
     f = data / 'gta/sample_class_stats.json'
     f.write_text(json.dumps([{'3': 5, 'file': 'elsewhere/labels/99999_labelTrainIds.png'}]))
     class_stats(gta(data), quiet=True)
-    assert (
-        json.loads(f.read_text())[0] == {'3': 5, 'file': 'elsewhere/labels/99999_labelTrainIds.png'}
-        and len(json.loads(f.read_text())) == 11
-    )
+    assert json.loads(f.read_text())[0] == {
+        '3': 5,
+        'file': 'elsewhere/labels/99999_labelTrainIds.png',
+    }
+    assert len(json.loads(f.read_text())) == 11
 
 
 def test_read_only_dataset_goes_to_the_cache(data, monkeypatch):
@@ -191,9 +194,8 @@ def test_read_only_dataset_goes_to_the_cache(data, monkeypatch):
 
     monkeypatch.setattr(stats, 'atomic_write', write_)
     a = class_stats(gta(data), quiet=True)
-    assert (
-        not (data / 'gta/sample_class_stats.json').exists() and stats_paths(gta(data))[1].is_file()
-    )
+    assert not (data / 'gta/sample_class_stats.json').exists()
+    assert stats_paths(gta(data))[1].is_file()
     monkeypatch.setattr(stats, 'count_label', lambda *a: pytest.fail('must not count'))
     assert class_stats(gta(data)) == a
 
@@ -227,16 +229,14 @@ def test_a_broken_label_is_named_and_the_rest_is_kept(data, workers, asked):
     kept = {
         Path(r['file']).stem for r in json.loads((data / 'gta/sample_class_stats.json').read_text())
     }
-    assert {
-        f'{i:05d}' for i in range(5)
-    } <= kept and '00006' not in kept  # two workers hand over five labels at a time
+    # two workers hand over five labels at a time
+    assert {f'{i:05d}' for i in range(5)} <= kept
+    assert '00006' not in kept
     p.write_bytes(whole)
     asked.clear()
-    assert (
-        class_stats(gta(data), quiet=True) == counted(gta(data))
-        and len(asked) == 10 - len(kept)
-        and 6 in asked
-    )
+    assert class_stats(gta(data), quiet=True) == counted(gta(data))
+    assert len(asked) == 10 - len(kept)
+    assert 6 in asked
 
 
 def spoil(data):
@@ -261,12 +261,14 @@ def test_broken_labels_are_skipped_where_asked(data, workers):
         class_stats(f, quiet=True, workers=workers)
     for _ in range(2):  # counted, and from the file
         got = class_stats(f, quiet=True, workers=workers, skip_broken=True)
-        assert [n for n, _ in got] == f.names and [i for i, (_, n) in enumerate(got) if n] == good
+        assert [n for n, _ in got] == f.names
+        assert [i for i, (_, n) in enumerate(got) if n] == good
         assert list(f.skipped) == [f'images/{i:05d}.png' for i in (1, 3, 4, 8)]
         for i, why in zip(
             (1, 3, 4, 8), ('broken image file', '61×40 pixels', '77 (2400 px)', 'No such file')
         ):
-            assert why in f.skipped[f.names[i]] and f'{i:05d}.png' in f.skipped[f.names[i]]
+            assert why in f.skipped[f.names[i]]
+            assert f'{i:05d}.png' in f.skipped[f.names[i]]
     rest = f.exclude(f.skipped)
     assert class_stats(rest, quiet=True) == [got[i] for i in good] == counted(rest)
 
@@ -276,7 +278,8 @@ def test_broken_labels_are_tried_again(data, asked):
     class_stats(f, quiet=True, skip_broken=True)
     asked.clear()
     write(data / 'gta/labels/00004.png', np.full((40, 60), 7, np.uint8))
-    assert class_stats(f, quiet=True, skip_broken=True)[4][1] == {0: 2400} and asked == [1, 3, 4, 8]
+    assert class_stats(f, quiet=True, skip_broken=True)[4][1] == {0: 2400}
+    assert asked == [1, 3, 4, 8]
 
 
 def test_ctrl_c_keeps_what_was_counted(data, monkeypatch, asked):
@@ -292,7 +295,8 @@ def test_ctrl_c_keeps_what_was_counted(data, monkeypatch, asked):
         class_stats(gta(data), quiet=True)
     monkeypatch.setattr(stats, 'count_label', real)
     asked.clear()
-    assert class_stats(gta(data), quiet=True) == counted(gta(data)) and asked == [4, 5, 6, 7, 8, 9]
+    assert class_stats(gta(data), quiet=True) == counted(gta(data))
+    assert asked == [4, 5, 6, 7, 8, 9]
 
 
 KILLED = """
@@ -318,18 +322,18 @@ def test_a_killed_count_goes_on_where_it_stopped(data, workers, done, asked):
     file, until = data / 'gta/sample_class_stats.json', time.time() + 120
     try:
         while not (file.exists() and len(json.loads(file.read_text())) >= done):
-            assert p.poll() is None and time.time() < until
+            assert p.poll() is None
+            assert time.time() < until
             time.sleep(0.05)
         children = psutil.Process(p.pid).children(recursive=True)
     finally:
         p.send_signal(signal.SIGKILL)
         p.wait()
-    assert (
-        len(children) >= workers and not psutil.wait_procs(children, timeout=20)[1]
-    )  # nobody is left behind
-    assert class_stats(gta(data), quiet=True) == counted(gta(data)) and asked == list(
-        range(done, 10)
-    )
+    # nobody is left behind
+    assert len(children) >= workers
+    assert not psutil.wait_procs(children, timeout=20)[1]
+    assert class_stats(gta(data), quiet=True) == counted(gta(data))
+    assert asked == list(range(done, 10))
     class_stats(gta(data), quiet=True)
     assert len(asked) == 10 - done  # run again, nothing is counted
 
@@ -339,13 +343,11 @@ def test_counts_can_be_given(data, asked):
     write_stats(f, {2: {0: 5}, 7: {18: 9}})
     assert write_stats(f, {2: {1: 6}}).parent == f.root
     got = class_stats(f, quiet=True)
-    assert (
-        got[2][1] == {1: 6}
-        and got[7][1] == {18: 9}
-        and 2 not in asked
-        and 7 not in asked
-        and len(asked) == 8
-    )
+    assert got[2][1] == {1: 6}
+    assert got[7][1] == {18: 9}
+    assert 2 not in asked
+    assert 7 not in asked
+    assert len(asked) == 8
     write_stats(f, [{0: i + 1} for i in range(10)])
     assert [n for _, n in class_stats(f)] == [{0: i + 1} for i in range(10)]
 
@@ -353,9 +355,8 @@ def test_counts_can_be_given(data, asked):
 def test_statistics_are_at_native_size(data):
     "A split that is read at half its size is counted in full"
     half = SegDataset(replace(GTA, split_scale=dict(train=0.5)), data)
-    assert half.label(0).shape == (20, 30) and class_stats(half, quiet=True) == class_stats(
-        gta(data), cache=False, quiet=True
-    )
+    assert half.label(0).shape == (20, 30)
+    assert class_stats(half, quiet=True) == class_stats(gta(data), cache=False, quiet=True)
 
 
 def test_sixteen_bit_ids(data):
@@ -401,9 +402,8 @@ def test_town_statistics_equal_counting(shared_data):
         shared_data / 'town/sample_class_stats.json', keys, ('.png', '_labelTrainIds.png')
     )
     raw = with_native_labels(merged)
-    assert len(shipped) == 700 and [have[k] for k in keys] == [
-        count_label(raw, i) for i in range(8)
-    ]
+    assert len(shipped) == 700
+    assert [have[k] for k in keys] == [count_label(raw, i) for i in range(8)]
     assert class_stats(merged, quiet=True) == counted(merged)
 
 
@@ -452,8 +452,12 @@ def test_absent_and_small_classes_warn_once():
     stats = [('a', {0: 90_000, 2: 50}), ('b', {0: 90_000, 2: 20})]
     with pytest.warns(UserWarning) as w:
         rcs = RareClassSampler(stats, 4, names=('road', 'wall', 'bike', 'train'))
-    assert len(w) == 1 and 'wall, train' in str(w[0].message) and 'bike' in str(w[0].message)
-    assert rcs.prob[1] == rcs.prob[3] == 0 and rcs.prob[2] > 0.6 and np.isclose(rcs.prob.sum(), 1)
+    assert len(w) == 1
+    assert 'wall, train' in str(w[0].message)
+    assert 'bike' in str(w[0].message)
+    assert rcs.prob[1] == rcs.prob[3] == 0
+    assert rcs.prob[2] > 0.6
+    assert np.isclose(rcs.prob.sum(), 1)
     assert {rcs.draw(np.random.default_rng(i)) for i in range(50)} == {
         (0, 2)
     }  # the rare class, in the image that has most of it
@@ -469,7 +473,8 @@ def test_no_class_at_all_is_an_error():
 def test_pixel_limits_scale_by_area():
     assert scaled_rcs_limits((1052, 1914), (704, 1280)) == (3000, 1500)
     m, c = scaled_rcs_limits((526, 957), (352, 640))
-    assert (m, c) == (750, 375) and scaled_rcs_limits((1052, 1914), (704, 1280), ratio=2) == (
+    assert (m, c) == (750, 375)
+    assert scaled_rcs_limits((1052, 1914), (704, 1280), ratio=2) == (
         3000,
         6000,
     )
@@ -489,7 +494,8 @@ def test_statistics_of_several_datasets(data):
     assert class_stats(both, quiet=True, skip_broken=True)[2] == (
         'gta/images/00002.png',
         {},
-    ) and list(both.skipped) == ['gta/images/00002.png']
+    )
+    assert list(both.skipped) == ['gta/images/00002.png']
 
 
 def rows(seed, n=12, classes=5, top=30_000):
@@ -563,7 +569,8 @@ def test_images_are_drawn_as_often_as_they_should(seed, n):
 def test_equal_shares_change_nothing(share):
     stats = rows(5)
     a, b = quiet_rcs(stats, 5), quiet_rcs(stats, 5, share=share)
-    assert (a.prob == b.prob).all() and (a.freq == b.freq).all()
+    assert (a.prob == b.prob).all()
+    assert (a.freq == b.freq).all()
     r, s = np.random.default_rng(2), np.random.default_rng(2)
     assert [a.draw(r) for _ in range(300)] == [b.draw(s) for _ in range(300)]
 
@@ -572,9 +579,8 @@ def test_a_source_without_weight_is_not_there():
     one, two = rows(1), rows(2, 5)
     alone, both = quiet_rcs(one, 5), quiet_rcs(one + two, 5, share=[1] * 12 + [0] * 5)
     np.testing.assert_allclose(both.prob, alone.prob, rtol=1e-12)
-    assert [f.tolist() for f in both.files] == [f.tolist() for f in alone.files] and (
-        both.min_px == alone.min_px
-    ).all()
+    assert [f.tolist() for f in both.files] == [f.tolist() for f in alone.files]
+    assert (both.min_px == alone.min_px).all()
     rng = np.random.default_rng(0)
     assert max(both.draw(rng)[0] for _ in range(2000)) < 12
     with pytest.raises(ValueError, match='no labelled pixel'):
@@ -610,7 +616,7 @@ def test_bad_weights_are_errors(w, data):
 
 
 def test_names_in_upstreams_file_stay(data):
-    "An entry that was written under a converted file's name keeps it when it is counted again: upstream's reader looks it up by base name"
+    "A recounted entry keeps the name of the converted file: upstream's reader looks it up by base name"
     folder = gta(data)
     counts = [n for _, n in class_stats(folder, cache=False, quiet=True)]
     rows = [
@@ -622,6 +628,5 @@ def test_names_in_upstreams_file_stay(data):
     path.write_text(json.dumps(rows[:2]))
     write_stats(folder, {0: counts[0], 2: counts[2]})
     files = [r['file'] for r in json.loads(path.read_text())]
-    assert files[:2] == [r['file'] for r in rows[:2]] and files[2].endswith(
-        f'{Path(folder.names[2]).stem}.png'
-    )
+    assert files[:2] == [r['file'] for r in rows[:2]]
+    assert files[2].endswith(f'{Path(folder.names[2]).stem}.png')
