@@ -81,10 +81,13 @@ def city(root, split='train', **kw):
 
 
 def counted(folder):
-    def px(i):
-        return {c: int(n) for c in range(len(folder.space)) if (n := (folder.label(i) == c).sum())}
-
-    return [(n, px(i)) for i, n in enumerate(folder.names)]
+    "Class statistics by comparing each label with each class"
+    found = []
+    for i, name in enumerate(folder.names):
+        lbl = folder.label(i)
+        pixels = {c: int((lbl == c).sum()) for c in range(len(folder.space))}
+        found.append((name, {c: n for c, n in pixels.items() if n}))
+    return found
 
 
 @pytest.mark.parametrize('kw', [{}, dict(space=CAMVID11), dict(space=CAMVID11, merge=CAMVID_MERGE)])
@@ -98,25 +101,31 @@ def test_stats_equal_counting(data, kw):
     )
 
 
+def stored_counts(row):
+    "{train id: pixels} of an entry of the file"
+    return {int(c): n for c, n in row.items() if c != 'file'}
+
+
 def test_the_file_has_upstreams_form_in_train_ids(data):
     class_stats(gta(data, space=CAMVID11, merge=CAMVID_MERGE), quiet=True)
     rows = json.loads((data / 'gta/sample_class_stats.json').read_text())
-    assert [r['file'] for r in rows] == [f'labels/{i:05d}.png' for i in range(10)]
-    want = counted(gta(data))
-    assert [{int(c): n for c, n in r.items() if c != 'file'} for r in rows] == [n for _, n in want]
+    assert [row['file'] for row in rows] == [f'labels/{i:05d}.png' for i in range(10)]
+    want = [counts for _, counts in counted(gta(data))]
+    assert [stored_counts(row) for row in rows] == want
 
 
 @pytest.mark.parametrize('prefix', ['data/gta/labels/', 'labels/', 'D:\\x\\gta\\labels\\'])
 def test_upstreams_file_is_read(data, prefix, monkeypatch):
-    rows = [
-        {'0': 100 + i, '18': 7, 'file': f'{prefix}{i:05d}_labelTrainIds.png'} for i in range(10)
-    ]
+    rows = []
+    for i in range(10):
+        file = f'{prefix}{i:05d}_labelTrainIds.png'
+        rows.append({'0': 100 + i, '18': 7, 'file': file})
     (data / 'gta/sample_class_stats.json').write_text(json.dumps(rows))
     monkeypatch.setattr(stats, 'count_label', lambda *a: pytest.fail('must not count'))
-    assert class_stats(gta(data)) == [
-        (f'images/{i:05d}.png', {0: 100 + i, 18: 7}) for i in range(10)
-    ]
-    assert class_stats(gta(data, space=CAMVID11, merge=CAMVID_MERGE))[3][1] == {0: 103, 10: 7}
+    want = [(f'images/{i:05d}.png', {0: 100 + i, 18: 7}) for i in range(10)]
+    assert class_stats(gta(data)) == want
+    merged = class_stats(gta(data, space=CAMVID11, merge=CAMVID_MERGE))
+    assert merged[3][1] == {0: 103, 10: 7}
 
 
 def test_equal_names_in_two_folders_do_not_meet(data):
@@ -377,18 +386,20 @@ def test_sixteen_bit_ids(data):
 )
 def test_sums_equal_labelled_pixels(seed, h, w, n):
     rng = np.random.default_rng(seed)
+    values = np.array([*IDS, 0, 4, 255], np.uint8)
     with tempfile.TemporaryDirectory() as d:
         d, want = Path(d), []
         for i in range(n):
-            lbl = rng.choice(np.array([*IDS, 0, 4, 255], np.uint8), (h, w))
+            lbl = rng.choice(values, (h, w))
             write(d / f'gta/images/{i:05d}.png', np.zeros((h, w, 3), np.uint8))
             write(d / f'gta/labels/{i:05d}.png', lbl)
             want.append(int(np.isin(lbl, IDS).sum()))
-        assert [sum(c.values()) for _, c in class_stats(SegDataset(GTA, d), quiet=True)] == want
+        found = class_stats(SegDataset(GTA, d), quiet=True)
+        assert [sum(counts.values()) for _, counts in found] == want
         merged = class_stats(SegDataset(GTA, d, space=CAMVID11, merge=CAMVID_MERGE), quiet=True)
-        assert all(
-            sum(c.values()) <= x and set(c) <= set(range(11)) for (_, c), x in zip(merged, want)
-        )
+        for (_, counts), most in zip(merged, want):
+            assert sum(counts.values()) <= most
+            assert set(counts) <= set(range(11))
 
 
 def test_town_statistics_equal_counting(shared_data):
@@ -413,39 +424,40 @@ def test_town_statistics_equal_counting(shared_data):
 @pytest.mark.parametrize('T', ['0.01', '0.1', '1.0', 'inf'])
 def test_probabilities_equal_published(T):
     rows = json.loads((GOLDEN / 'rcs_stats/sample_class_stats.json').read_text())
-    stats = [(r['file'], {int(c): n for c, n in r.items() if c != 'file'}) for r in rows]
+    stats = [(row['file'], stored_counts(row)) for row in rows]
     want = json.loads((GOLDEN / 'units.json').read_text())['rcs'][T]
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        rcs = RareClassSampler(stats, 19, float(T))
-    np.testing.assert_allclose(rcs.prob[want['classes']], want['probs'], rtol=2e-5, atol=1e-9)
+    rcs = quiet_rcs(stats, 19, float(T))
+    found = rcs.prob[want['classes']]
+    np.testing.assert_allclose(found, want['probs'], rtol=2e-5, atol=1e-9)
     if T != 'inf':
-        assert np.argsort(rcs.freq, kind='stable').tolist() == want['classes']
+        order = np.argsort(rcs.freq, kind='stable')
+        assert order.tolist() == want['classes']
 
 
 def test_temperature():
     two = RareClassSampler([('a', {0: 505_000, 1: 495_000})], 2)
-    assert np.isclose(two.prob[1] / two.prob[0], np.e)
-    even = RareClassSampler([('a', {c: 4000 for c in range(7)})], 7)
+    ratio = two.prob[1] / two.prob[0]
+    assert np.isclose(ratio, np.e)
+    equal = {c: 4000 for c in range(7)}
+    even = RareClassSampler([('a', equal)], 7)
     np.testing.assert_allclose(even.prob, 1 / 7)
 
 
 def test_draws_follow_probabilities_and_show_the_class():
     rng = np.random.default_rng(1)
-    stats = [
-        (str(i), {c: int(n) for c, n in enumerate(rng.integers(0, [40_000, 9000, 5000, 3500]))})
-        for i in range(30)
-    ]
+    most = [40_000, 9000, 5000, 3500]
+    px = np.stack([rng.integers(0, most) for _ in range(30)])
+    stats = [(str(i), dict(enumerate(row.tolist()))) for i, row in enumerate(px)]
     rcs = RareClassSampler(stats, 4, T=0.3)
-    got = [rcs.draw(rng) for _ in range(5000)]
-    assert all(stats[i][1][c] > 3000 for i, c in got)
-    np.testing.assert_allclose(
-        np.bincount([c for _, c in got], minlength=4) / 5000, rcs.prob, atol=0.03
-    )
-    ok = [i for i, s in enumerate(stats) if s[1][1] > 3000]
-    share = np.bincount([i for i, c in got if c == 1], minlength=30)[ok]
+    drawn = np.array([rcs.draw(rng) for _ in range(5000)])
+    images, classes = drawn.T
+    assert (px[images, classes] > 3000).all()
+    found = np.bincount(classes, minlength=4) / 5000
+    np.testing.assert_allclose(found, rcs.prob, atol=0.03)
+    shows = px[:, 1] > 3000
+    share = np.bincount(images[classes == 1], minlength=30)[shows]
     share = share / share.sum()
-    assert abs(share - 1 / len(ok)).max() < 0.05
+    assert abs(share - 1 / shows.sum()).max() < 0.05
 
 
 def test_absent_and_small_classes_warn_once():
@@ -499,18 +511,13 @@ def test_statistics_of_several_datasets(data):
 
 
 def rows(seed, n=12, classes=5, top=30_000):
+    "Random class statistics of n images; about a third of the classes are missing in each"
     rng = np.random.default_rng(seed)
-    return [
-        (
-            str(i),
-            {
-                c: int(v)
-                for c, v in enumerate(rng.integers(0, top, classes) * (rng.random(classes) < 0.7))
-                if v
-            },
-        )
-        for i in range(n)
-    ]
+    stats = []
+    for i in range(n):
+        pixels = rng.integers(0, top, classes) * (rng.random(classes) < 0.7)
+        stats.append((str(i), {c: int(n) for c, n in enumerate(pixels) if n}))
+    return stats
 
 
 def quiet_rcs(*a, **kw):
@@ -528,20 +535,30 @@ def quiet_rcs(*a, **kw):
 )
 def test_probabilities_equal_a_naive_softmax(seed, n, T, weighted):
     stats = rows(seed, n)
-    if not any(c for _, c in stats):
+    if not any(counts for _, counts in stats):
         return
     share = np.random.default_rng(seed + 1).integers(1, 6, n).tolist() if weighted else None
-    seen = [
-        sum((share[i] if weighted else 1) * c.get(k, 0) for i, (_, c) in enumerate(stats))
-        for k in range(5)
-    ]
-    up = [np.exp(np.longdouble(1 - s / sum(seen)) / T) if s else 0 for s in seen]
-    np.testing.assert_allclose(
-        quiet_rcs(stats, 5, T, share=share).prob,
-        np.array([u / sum(up) for u in up], float),
-        rtol=1e-6,
-        atol=1e-12,
-    )
+    seen = [0] * 5
+    for i, (_, counts) in enumerate(stats):
+        for k, pixels in counts.items():
+            seen[k] += pixels * (share[i] if weighted else 1)
+    up = []
+    for pixels in seen:
+        rarity = np.longdouble(1 - pixels / sum(seen))
+        up.append(np.exp(rarity / T) if pixels else 0)
+    want = np.array([u / sum(up) for u in up], float)
+    found = quiet_rcs(stats, 5, T, share=share).prob
+    np.testing.assert_allclose(found, want, rtol=1e-6, atol=1e-12)
+
+
+def images_above(stats, share, c, min_px=3000):
+    "Images that are drawn and show class c, with the limit halved until there are some"
+    while True:
+        drawn = [i for i, s in enumerate(share) if s]
+        found = [i for i in drawn if stats[i][1].get(c, 0) > min_px]
+        if found or not min_px:
+            return found
+        min_px //= 2
 
 
 @settings(max_examples=12, deadline=None)
@@ -549,42 +566,54 @@ def test_probabilities_equal_a_naive_softmax(seed, n, T, weighted):
 def test_images_are_drawn_as_often_as_they_should(seed, n):
     stats, rng = rows(seed, n), np.random.default_rng(seed)
     share = rng.integers(0, 4, n) + (np.arange(n) == 0)
-    if not any(c for (_, c), s in zip(stats, share) if s):
+    if not any(counts for (_, counts), s in zip(stats, share) if s):
         return
     rcs = quiet_rcs(stats, 5, 0.5, share=share)
-    N = 2000
     want = np.zeros(n)
     for c, p in enumerate(rcs.prob):
-        for lim in (3000 // 2**k for k in range(20)):
-            if ok := [i for i in range(n) if share[i] and stats[i][1].get(c, 0) > lim]:
-                break
-        for i in ok:
-            want[i] += p * share[i] / sum(share[j] for j in ok)
+        images = images_above(stats, share, c)
+        total = sum(share[i] for i in images)
+        for i in images:
+            want[i] += p * share[i] / total
     assert np.isclose(want.sum(), 1)
-    got = np.bincount([rcs.draw(rng)[0] for _ in range(N)], minlength=n) / N
-    assert (abs(got - want) <= 6 * np.sqrt((want * (1 - want)).clip(0) / N) + 1e-9).all()
+    N = 2000
+    drawn = [rcs.draw(rng)[0] for _ in range(N)]
+    got = np.bincount(drawn, minlength=n) / N
+    deviation = np.sqrt((want * (1 - want)).clip(0) / N)
+    assert (abs(got - want) <= 6 * deviation + 1e-9).all()
 
 
 @pytest.mark.parametrize('share', [np.full(12, 1 / 12), np.full(12, 3.0), np.ones(12) / 7])
 def test_equal_shares_change_nothing(share):
     stats = rows(5)
-    a, b = quiet_rcs(stats, 5), quiet_rcs(stats, 5, share=share)
-    assert (a.prob == b.prob).all()
-    assert (a.freq == b.freq).all()
+    plain = quiet_rcs(stats, 5)
+    shared = quiet_rcs(stats, 5, share=share)
+    assert (plain.prob == shared.prob).all()
+    assert (plain.freq == shared.freq).all()
     r, s = np.random.default_rng(2), np.random.default_rng(2)
-    assert [a.draw(r) for _ in range(300)] == [b.draw(s) for _ in range(300)]
+    for _ in range(300):
+        assert plain.draw(r) == shared.draw(s)
 
 
 def test_a_source_without_weight_is_not_there():
     one, two = rows(1), rows(2, 5)
-    alone, both = quiet_rcs(one, 5), quiet_rcs(one + two, 5, share=[1] * 12 + [0] * 5)
+    alone = quiet_rcs(one, 5)
+    both = quiet_rcs(one + two, 5, share=[1] * 12 + [0] * 5)
     np.testing.assert_allclose(both.prob, alone.prob, rtol=1e-12)
-    assert [f.tolist() for f in both.files] == [f.tolist() for f in alone.files]
+    for found, want in zip(both.files, alone.files, strict=True):
+        assert found.tolist() == want.tolist()
     assert (both.min_px == alone.min_px).all()
     rng = np.random.default_rng(0)
-    assert max(both.draw(rng)[0] for _ in range(2000)) < 12
+    drawn = [both.draw(rng)[0] for _ in range(2000)]
+    assert max(drawn) < 12
     with pytest.raises(ValueError, match='no labelled pixel'):
         RareClassSampler([('a', {}), ('b', {0: 9000})], 2, share=[1, 0])
+
+
+def draw_probability(rcs, images, c):
+    "Probability that one of these images is drawn for class c"
+    total = rcs.w[rcs.files[c]].sum()
+    return rcs.w[images].sum() / total
 
 
 def test_a_dataset_listed_twice_at_half_the_weight_counts_once():
@@ -592,15 +621,11 @@ def test_a_dataset_listed_twice_at_half_the_weight_counts_once():
     once = quiet_rcs(a + b, 5, share=[0.6 / 12] * 12 + [0.4 / 5] * 5)
     twice = quiet_rcs(a + a + b, 5, share=[0.3 / 12] * 24 + [0.4 / 5] * 5)
     np.testing.assert_allclose(twice.prob, once.prob, rtol=1e-9)
-
-    def p(r, f, c):
-        return r.w[f] / r.w[r.files[c]].sum()
-
     for c in range(5):
-        for i in once.files[c]:
-            i = int(i)
-            same = [i, i + 12] if i < 12 else [i + 12]
-            assert np.isclose(sum(p(twice, j, c) for j in same), p(once, i, c))
+        for i in once.files[c].tolist():
+            copies = [i, i + 12] if i < 12 else [i + 12]
+            want = draw_probability(once, [i], c)
+            assert np.isclose(draw_probability(twice, copies, c), want)
 
 
 @pytest.mark.parametrize(
@@ -609,10 +634,12 @@ def test_a_dataset_listed_twice_at_half_the_weight_counts_once():
 def test_bad_weights_are_errors(w, data):
     with pytest.raises(ValueError, match='2 numbers are needed'):
         normalize_weights(w, 2)
+    datasets = [gta(data), city(data, 'val')]
     with pytest.raises(ValueError, match='weights of gta . cityscapes: 2 numbers'):
-        ConcatSegDataset([gta(data), city(data, 'val')], w)
+        ConcatSegDataset(datasets, w)
+    stats = [('a', {0: 1}), ('b', {0: 1})]
     with pytest.raises(ValueError, match='share: 2 numbers'):
-        RareClassSampler([('a', {0: 1}), ('b', {0: 1})], 1, share=w)
+        RareClassSampler(stats, 1, share=w)
 
 
 def test_names_in_upstreams_file_stay(data):

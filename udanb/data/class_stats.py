@@ -101,7 +101,7 @@ def count_labels(
     quiet=False,  # True: no progress bar
     broken=None,  # dict that gets index -> reason of broken labels; None = they raise
 ):  # yields (index, {class: pixels})
-    "Count the pixels of many labels in parallel"
+    "Count the pixels of many labels in parallel; yields them in order"
     idx = list(idx)
     skip_broken = broken is not None
     if workers is None:
