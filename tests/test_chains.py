@@ -28,7 +28,7 @@ from udanb.core.types import IGNORE
 from udanb.core.utils import seed_all
 from udanb.data.catalog import CAMVID, TOWN
 from udanb.data.concat import ConcatSegDataset
-from udanb.data.custom import write_dummy_dataset
+from udanb.data.dummy import write_dummy_dataset
 from udanb.data.pseudo_labels import read_export_journal
 from udanb.demo.render import write_demo
 from udanb.inference import export_labels as pseudo

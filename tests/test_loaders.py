@@ -36,7 +36,7 @@ def kit(root, **kw):
         dict(
             src=gta(root),
             tgt=city(root, labels=False),
-            src_tfm=TrainTransform(None, (24, 24), cat_max=0.75),
+            src_tfm=TrainTransform(None, (24, 24), cat_max_ratio=0.75),
             tgt_tfm=TrainTransform(None, (24, 24), margins=(2, 6, 1, 1)),
             batch=2,
             seed=3,
@@ -171,7 +171,7 @@ def test_several_datasets_read_as_their_folders(data):
     c = two(data)
     for i in (0, 9, 10, 13):
         k, j = c.locate(i)
-        f = c.folders[k]
+        f = c.datasets[k]
         assert (c.image(i) == f.image(j)).all()
         assert (c.label(i) == f.label(j)).all()
         size = c.image(i).shape[:2]
@@ -180,9 +180,9 @@ def test_several_datasets_read_as_their_folders(data):
         assert c.label_path(i) == f.label_path(j)
         assert c.size(i) == f.size(j)
         assert c.names[i] == f'{f.spec.name}/{f.names[j]}'
-    assert c.labels == c.folders[0].labels + c.folders[1].labels
+    assert c.labels == c.datasets[0].labels + c.datasets[1].labels
     assert two(data, labels=False).labels is None
-    assert ConcatSegDataset([c.folders[0], gta(data, labels=False)]).labels is None
+    assert ConcatSegDataset([c.datasets[0], gta(data, labels=False)]).labels is None
 
 
 def test_datasets_that_do_not_fit_are_errors(data):
@@ -202,7 +202,7 @@ def test_datasets_that_do_not_fit_are_errors(data):
 
 def test_each_dataset_has_its_transform(data):
     "Only the second target has margins, so only its images get pixels of weight 0"
-    more = two(data, labels=False).folders[1]
+    more = two(data, labels=False).datasets[1]
     tgt = ConcatSegDataset([city(data, labels=False), more])
     kw = kit(
         data,
@@ -388,7 +388,7 @@ def test_everything_at_once_is_the_same_for_any_number_of_workers(data):
     )
     tfms = [
         TrainTransform(
-            (36, 54), (24, 24), cat_max=0.9, augment=[a for a in AUGMENTATIONS if a != 'none']
+            (36, 54), (24, 24), cat_max_ratio=0.9, augment=[a for a in AUGMENTATIONS if a != 'none']
         ),
         TrainTransform(None, (24, 24)),
     ]
@@ -472,7 +472,7 @@ def test_a_file_is_read_once(data, monkeypatch):
     monkeypatch.setattr(
         datasets, 'read_image_size', lambda p: pytest.fail('the header was read again')
     )
-    load(data, src_tfm=TrainTransform(None, (8, 8), cat_max=0.01), steps=3)
+    load(data, src_tfm=TrainTransform(None, (8, 8), cat_max_ratio=0.01), steps=3)
     list(eval_loader(gta(data), EvalTransform(None)))
     assert len(count) == 3 * 4 + 10
 

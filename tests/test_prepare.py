@@ -33,8 +33,9 @@ from udanb.data.catalog import (
     ZEROWASTE_V2,
 )
 from udanb.data.class_stats import class_stats, stats_paths
-from udanb.data.custom import parse_dataset_spec, write_dummy_dataset
+from udanb.data.custom import parse_dataset_spec
 from udanb.data.datasets import SegDataset
+from udanb.data.dummy import write_dummy_dataset
 from udanb.data.inspection import journal_paths, read_survey_journal, train_id_path
 from udanb.data.report import (
     class_summary,
@@ -455,7 +456,7 @@ import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)      # a shell's background jobs are born deaf to it
 from udanb.data import validation
 from udanb.data.catalog import GTA
-from udanb.data.custom import write_dummy_dataset, parse_dataset_spec
+from udanb.data.custom import parse_dataset_spec
 from udanb.data.validation import open_splits, validate_split
 real = validation.process_pair
 def slow(*a, **kw):          # so that the signal comes in the middle on any machine
@@ -639,7 +640,7 @@ def test_workers_make_no_difference(tmp_path):
 
 def crops(f, box, **kw):
     return [
-        TrainTransform(box, (16, 24), cat_max=0.75, **kw)(f.image(i), f.label(i), rng(i))
+        TrainTransform(box, (16, 24), cat_max_ratio=0.75, **kw)(f.image(i), f.label(i), rng(i))
         for i in range(len(f))
     ]
 

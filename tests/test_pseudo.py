@@ -29,8 +29,9 @@ from udanb.core.types import IGNORE, SegOutput, normalize
 from udanb.core.utils import seed_all
 from udanb.data.catalog import CAMVID, CITYSCAPES, DATASETS, MAPILLARY, ZEROWASTE_V2
 from udanb.data.class_stats import class_stats
-from udanb.data.custom import parse_dataset_spec, write_dummy_dataset
+from udanb.data.custom import parse_dataset_spec
 from udanb.data.datasets import LabelFiles, SegDataset, SegSpec
+from udanb.data.dummy import write_dummy_dataset
 from udanb.data.loaders import train_loader
 from udanb.data.pseudo_labels import (
     label_layout,

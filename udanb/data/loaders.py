@@ -24,7 +24,7 @@ from .transforms import to_sample
 # %% ../../nbs/data/09_loaders.ipynb #4ffbf02b
 def _per_folder(folder, tfm):
     "A list with a transform for each of the datasets that `folder` consists of"
-    n = len(getattr(folder, 'folders', [folder]))
+    n = len(getattr(folder, 'datasets', [folder]))
     if not isinstance(tfm, (list, tuple)):
         return [tfm] * n
     if len(tfm) != n:
@@ -36,7 +36,7 @@ def _per_folder(folder, tfm):
 
 def _folder_index(folder, i):
     "Which of its datasets image `i` of `folder` is from"
-    return folder.locate(i)[0] if hasattr(folder, 'folders') else 0
+    return folder.locate(i)[0] if hasattr(folder, 'datasets') else 0
 
 # %% ../../nbs/data/09_loaders.ipynb #f7c0aa11
 class DomainBatch(NamedTuple):
