@@ -353,7 +353,7 @@ class Bench:
         def new(copy, rare=True):
             src, tgt = self.folders(copy)
             tfms = (
-                TrainTransform(self.src_box, (self.crop,) * 2, cat_max=0.75),
+                TrainTransform(self.src_box, (self.crop,) * 2, cat_max_ratio=0.75),
                 TrainTransform(self.tgt_box, (self.crop,) * 2, margins=tgt.margins),
             )
 

@@ -1,5 +1,6 @@
 "Every dataset end to end on a tree in its published layout; pairs; datasets of one's own"
 
+import warnings
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -19,14 +20,9 @@ from udanb.data.catalog import (
     SYNTHIA,
     mapillary_class,
 )
-from udanb.data.custom import (
-    _partner,
-    parse_dataset_spec,
-    parse_label_space,
-    striped_label,
-    write_dummy_dataset,
-)
+from udanb.data.custom import parse_dataset_spec, parse_label_space
 from udanb.data.datasets import SegDataset
+from udanb.data.dummy import paired_label, striped_label, write_dummy_dataset
 from udanb.data.pairs import PAIRS, get_pair
 
 PAPER = (
@@ -66,11 +62,11 @@ SYNTHIA_TABLE = dict(
     motorcycle=12,
     bicycle=11,
     **{'traffic light': 15, 'traffic sign': 9},
-)  # spec family §1.2
+)  # the ids of SYNTHIA-RAND-CITYSCAPES
 
 
 def expected(spec, kind, ids):
-    "What numbers in a file mean, from sources other than our tables: cityscapesscripts, the specs"
+    "What numbers in a file mean, from sources other than our tables: cityscapesscripts, the papers"
     name, suffix = spec.name, spec.labels[kind].suffix
     if name.startswith('zerowaste'):
         return ids
@@ -79,7 +75,7 @@ def expected(spec, kind, ids):
     elif name == 'synthia':
         t = {v: CITYSCAPES19.classes.index(k) for k, v in SYNTHIA_TABLE.items()}
     elif name == 'mapillary':
-        t = mapillary_by_spec()
+        t = mapillary_classes()
     else:
         labels = pytest.importorskip('cityscapesscripts.helpers.labels').labels
         t = {l.id: l.trainId for l in labels if 0 <= l.trainId < 19}
@@ -101,9 +97,9 @@ def expected(spec, kind, ids):
     )(out)
 
 
-def mapillary_by_spec():
-    "The outcome the spec states for the 66 names (DDB §2.9), not the rule"
-    said = {
+def mapillary_classes():
+    "The classes of the 66 names in DDB's converter, written out without its rule"
+    classes = {
         'road': [
             'Bike Lane',
             'Crosswalk - Plain',
@@ -119,33 +115,34 @@ def mapillary_by_spec():
         'rider': ['Bicyclist', 'Motorcyclist', 'Other Rider'],
         'train': ['On Rails'],
     }
-    said |= {c: [c.title()] for c in CITYSCAPES19.classes if c not in said}
+    classes |= {c: [c.title()] for c in CITYSCAPES19.classes if c not in classes}
     return {
         MAPILLARY_NAMES.index(n): CITYSCAPES19.classes.index(c)
-        for c, ns in said.items()
+        for c, ns in classes.items()
         for n in ns
     }
 
 
-def test_mapillary_rule_gives_what_the_spec_states():
+def test_mapillary_rule_gives_the_published_classes():
     assert {
         i: CITYSCAPES19.classes.index(c)
         for i, n in enumerate(MAPILLARY_NAMES)
         if (c := mapillary_class(n))
-    } == mapillary_by_spec()
-    assert len(MAPILLARY_NAMES) == 66 and len(set(MAPILLARY_NAMES)) == 66
+    } == mapillary_classes()
+    assert len(MAPILLARY_NAMES) == 66
+    assert len(set(MAPILLARY_NAMES)) == 66
 
 
 @pytest.mark.parametrize('name', DATASETS)
 def test_published_names_pair_up(name):
-    "Each example's label path is what a pattern of the spec makes of its image path, and the folder of its split is on the way"
+    "Each example's label path is what a pattern of the spec makes of its image path"
     spec = DATASETS[name]
     for split, pairs in spec.example.items():
         for img, lbl in pairs:
             assert img.endswith(spec.suffixes)
             if lbl:
                 assert lbl in {
-                    str(PurePosixPath(_partner(spec, split, img, k)))
+                    str(PurePosixPath(paired_label(spec, split, img, k)))
                     for k in range(len(spec.labels))
                 }
 
@@ -162,7 +159,8 @@ def test_dataset_end_to_end(tmp_path, name, kind):
     for split, names in made.items():
         labelled = all(l for _, l in spec.example[split])
         f = SegDataset(spec, tmp_path, split, labels=labelled)
-        assert set(names) <= set(f.names) and len(set(f.names)) == len(f.names)
+        assert set(names) <= set(f.names)
+        assert len(set(f.names)) == len(f.names)
         if split in ('val', 'test') and name not in ('zerowaste_v1', 'zerowaste_v2'):
             assert set(names) == set(f.names)
         for i in range(len(f)):
@@ -226,9 +224,9 @@ def test_cityscapes_kinds_agree(tmp_path):
             p.with_name(p.name.replace('_gtFine_polygons.json', CITYSCAPES.labels[kind].suffix))
         )
         now = SegDataset(CITYSCAPES, tmp_path, 'val')
-        assert (
-            now.labels[0][1] == kind and f.labels[0][1] == 2 and np.array_equal(now.label(0), drawn)
-        )
+        assert now.labels[0][1] == kind
+        assert f.labels[0][1] == 2
+        assert np.array_equal(now.label(0), drawn)
 
 
 # ---------------------------------------------------------------- pairs
@@ -236,17 +234,18 @@ def test_cityscapes_kinds_agree(tmp_path):
 
 def test_pairs():
     g = get_pair('gta')
-    assert (g.name, g.space, g.merge) == ('gta-cityscapes', CITYSCAPES19, {}) and (
+    assert (g.name, g.space, g.merge) == ('gta-cityscapes', CITYSCAPES19, {})
+    assert (
         g.sources[0].image_size,
         g.targets[0].image_size,
     ) == ((720, 1280), (512, 1024))
     t = get_pair('town')
     assert (t.targets[0].name, t.space, t.merge) == ('camvid', CAMVID11, CAMVID_MERGE)
-    assert get_pair('gta', 'cityscapes') == g and get_pair('demo', 'demo') == get_pair('demo')
+    assert get_pair('gta', 'cityscapes') == g
+    assert get_pair('demo', 'demo') == get_pair('demo')
     assert get_pair('gta', 'camvid').space is CAMVID11
-    assert (
-        get_pair('synthia').space is SYNTHIA16 and get_pair('synthia', 'camvid').space is CAMVID11
-    )
+    assert get_pair('synthia').space is SYNTHIA16
+    assert get_pair('synthia', 'camvid').space is CAMVID11
     with pytest.raises(ValueError, match="did you mean 'gta'"):
         get_pair('gtaa')
     with pytest.raises(ValueError, match="did you mean 'cityscapes'"):
@@ -259,12 +258,10 @@ def test_ddbs_settings(tmp_path):
     for s in (*p.sources, *p.targets):
         write_dummy_dataset(s, tmp_path, n=3)
     src, tgt, vals = p.folders(tmp_path)
-    assert (
-        len(src) == 6
-        and len(tgt) == 6
-        and list(vals) == ['cityscapes', 'mapillary']
-        and len(vals['mapillary']) == 3
-    )
+    assert len(src) == 6
+    assert len(tgt) == 6
+    assert list(vals) == ['cityscapes', 'mapillary']
+    assert len(vals['mapillary']) == 3
     assert np.allclose(src.share, [0.25] * 3 + [0.25 / 3] * 3)
     assert get_pair(['gta', 'synscapes']).targets == (CITYSCAPES,)
     assert np.array_equal(src.label(0), SegDataset(GTA, tmp_path).label(0))
@@ -276,7 +273,9 @@ def test_target_without_any_label(tmp_path):
     write_dummy_dataset(GTA, tmp_path)
     write_dummy_dataset(p.targets[0], tmp_path)
     src, tgt, vals = p.folders(tmp_path)
-    assert len(src) == 2 and len(tgt) == 2 and vals == {}
+    assert len(src) == 2
+    assert len(tgt) == 2
+    assert vals == {}
 
 
 def test_the_demo_under_the_real_names(tmp_path):
@@ -287,7 +286,8 @@ def test_the_demo_under_the_real_names(tmp_path):
         assert [x.path(i) for i in range(len(x))] == [y.path(i) for i in range(len(y))]
         assert np.array_equal(x.image(0), y.image(0))
         if x.labels is not None:
-            assert np.array_equal(x.label(0), y.label(0)) and (x.label(0) < 19).any()
+            assert np.array_equal(x.label(0), y.label(0))
+            assert (x.label(0) < 19).any()
 
 
 # ---------------------------------------------------------------- your own
@@ -298,9 +298,9 @@ D = dict(
     labels='lb/{split}/*.png',
     splits=dict(train='train', val='val'),
     classes=[
-        dict(name='lawn', id=1, **{'is': 'vegetation'}),
+        dict(name='lawn', id=1, train_class='vegetation'),
         dict(name='person', id=7, color=[9, 9, 9]),
-        dict(name='tape', id=300, **{'is': 'void'}),
+        dict(name='tape', id=300, train_class='void'),
     ],
 )
 
@@ -313,26 +313,26 @@ def test_own_description():
         'lb/{split}',
         '.png',
     )
-    assert (
-        s.labels[0].ids == {1: 8, 7: 11} and s.labels[0].void == (300,) and s.space is CITYSCAPES19
-    )
+    assert s.labels[0].ids == {1: 8, 7: 11}
+    assert s.labels[0].void == (300,)
+    assert s.space is CITYSCAPES19
 
 
-@pytest.mark.parametrize('form', ['ids', 'colors', 'last', 'polygons'])
-def test_own_label_forms(tmp_path, form):
-    "The four forms of one label are read as one, equal base names in sub-folders included"
+@pytest.mark.parametrize('label_format', ['ids', 'colors', 'last', 'polygons'])
+def test_own_label_formats(tmp_path, label_format):
+    "One label in four formats is read as one, equal base names in sub-folders included"
     rows = [
         dict(name='path', id=0, color=[1, 2, 3]),
         dict(name='plant', id=1000, color=[200, 0, 9]),
-        dict(name='?', id=2, color=[0, 0, 0], **{'is': 'void'}),
+        dict(name='?', id=2, color=[0, 0, 0], train_class='void'),
     ]
     space = dict(name='g', classes=['path', 'plant'])
     s = parse_dataset_spec(
         'g',
         dict(
             images=['im/*.png', 'im/*.jpg'],
-            labels='lb/*.' + ('json' if form == 'polygons' else 'png'),
-            form=form,
+            labels='lb/*.' + ('json' if label_format == 'polygons' else 'png'),
+            label_format=label_format,
             classes=rows,
             space=space,
         ),
@@ -348,12 +348,10 @@ def test_own_label_forms(tmp_path, form):
             f.label_path(0 if sub == 'x' else 1).read_bytes()
         )
     f = SegDataset(s, tmp_path)
-    assert (
-        len(f) == 4
-        and f.stem(2) == 'x/0001'
-        and np.array_equal(f.label(2), f.label(0))
-        and np.array_equal(f.label(3), f.label(1))
-    )
+    assert len(f) == 4
+    assert f.stem(2) == 'x/0001'
+    assert np.array_equal(f.label(2), f.label(0))
+    assert np.array_equal(f.label(3), f.label(1))
     want = np.roll(np.array([0, 1, IGNORE])[np.arange(96) * 3 // 96], 3)
     assert np.array_equal(f.label(1), np.broadcast_to(want, (48, 96)))
 
@@ -365,8 +363,11 @@ def test_own_label_forms(tmp_path, form):
         (dict(images=None), 'needs `images`'),
         (dict(images='im/*/*.jpg'), r'with one \*'),
         (dict(images=['a/*.jpg', 'b/*.jpg']), 'need the same folder'),
-        (dict(form='id'), "did you mean 'ids'"),
-        (dict(form='colors'), "class lawn: labels are colors, so each class needs its color"),
+        (dict(label_format='id'), "did you mean 'ids'"),
+        (
+            dict(label_format='colors'),
+            "class lawn: labels are colors, so each class needs its color",
+        ),
         (dict(classes=[dict(name='lawn', id=1)]), "unknown class of cityscapes19 .* 'lawn'"),
         (dict(classes=[dict(name='car', id=1), dict(name='bus', id=1)]), 'id 1 is listed twice'),
         (dict(classes=[dict(name='car', nr=1)]), "key of dataset 'y', class car 'nr'"),
@@ -380,6 +381,85 @@ def test_own_label_forms(tmp_path, form):
 def test_own_description_mistakes(change, says):
     with pytest.raises(ValueError, match=says):
         parse_dataset_spec('y', D | change)
+
+
+OLD = D | dict(
+    form='ids',
+    native=[1080, 1920],
+    fit=[540, 960],
+    drop=['0007'],
+    where='a shelf',
+    classes=[
+        {'name': 'lawn', 'id': 1, 'is': 'vegetation'},
+        {'name': 'person', 'id': 7, 'color': [9, 9, 9]},
+        {'name': 'tape', 'id': 300, 'is': 'void'},
+    ],
+)
+NEW = D | dict(
+    label_format='ids',
+    native_size=[1080, 1920],
+    image_size=[540, 960],
+    exclude=['0007'],
+    download_hint='a shelf',
+)
+
+
+def test_old_spellings_are_read_with_one_warning():
+    with pytest.warns(FutureWarning) as caught:
+        old = parse_dataset_spec('y', OLD)
+    assert old == parse_dataset_spec('y', NEW)
+    assert old.native_size == (1080, 1920)
+    assert old.image_size == (540, 960)
+    assert old.exclude == ('0007',)
+    assert old.download_hint == 'a shelf'
+    assert len(caught) == 1
+    text = str(caught[0].message)
+    assert text.startswith("dataset 'y': 'form' is now 'label_format', ")
+    for key, name in (
+        ('native', 'native_size'),
+        ('fit', 'image_size'),
+        ('drop', 'exclude'),
+        ('where', 'download_hint'),
+        ('is', 'train_class'),
+    ):
+        assert f"'{key}' is now '{name}'" in text
+    assert OLD['form'] == 'ids'  # the description itself is not changed
+    assert OLD['classes'][0]['is'] == 'vegetation'
+
+
+def test_new_spellings_do_not_warn():
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        parse_dataset_spec('y', NEW)
+
+
+@pytest.mark.parametrize(
+    'old,new,value',
+    [
+        ('form', 'label_format', 'ids'),
+        ('native', 'native_size', [2, 2]),
+        ('fit', 'image_size', [2, 2]),
+        ('drop', 'exclude', []),
+        ('where', 'download_hint', ''),
+    ],
+)
+def test_both_spellings_of_a_key_are_an_error(old, new, value):
+    message = f"dataset 'y': '{old}' is the older spelling of '{new}', and both are given"
+    with pytest.raises(ValueError, match=message):
+        parse_dataset_spec('y', D | {old: value, new: value})
+
+
+def test_both_spellings_in_a_class_are_an_error():
+    row = {'name': 'lawn', 'id': 1, 'is': 'vegetation', 'train_class': 'terrain'}
+    with pytest.raises(ValueError, match="class lawn: 'is' is the older spelling of 'train_class'"):
+        parse_dataset_spec('y', D | dict(classes=[row]))
+
+
+def test_statistics_counted_before_the_new_spellings_are_found():
+    "The name of the file has a hash of the class list, the same for both spellings and as it was before"
+    with pytest.warns(FutureWarning):
+        old = parse_dataset_spec('y', D | dict(classes=OLD['classes']))
+    assert old.stats == parse_dataset_spec('y', D).stats == 'sample_class_stats-y-b5ce13b0.json'
 
 
 def test_own_pair_needs_common_classes():
@@ -403,16 +483,17 @@ def test_own_merge_and_known_spaces():
             classes=[dict(name='truck', id=3), dict(name='car', id=4)],
         ),
     )
-    assert s.merge == {14: 13} and s.labels[0].ids == {3: 14, 4: 13}
+    assert s.merge == {14: 13}
+    assert s.labels[0].ids == {3: 14, 4: 13}
 
 
 def test_statistics_of_another_class_list_are_not_taken(tmp_path):
-    "The same files under two descriptions, and after an edit of the class list, are counted apart; upstream's file is not touched by own numberings"
+    "Files are counted again after an edit of the class list; upstream's file is not touched"
     from udanb.data.class_stats import class_stats
 
     def rows(*classes):
         return [dict(name=c, id=i) for i, c in zip((1, 2), classes)] + [
-            dict(name='more', id=3, **{'is': classes[0]})
+            dict(name='more', id=3, train_class=classes[0])
         ]
 
     first = dict(
@@ -429,8 +510,8 @@ def test_statistics_of_another_class_list_are_not_taken(tmp_path):
             class_stats(SegDataset(parse_dataset_spec('x', d), tmp_path), quiet=True)
             for d in (first, edited)
         )
-        assert [n for _, n in one] == [{0: 3072, 1: 1536}] * 3 and [n for _, n in two] == [
-            {0: 1536, 1: 3072}
-        ] * 3
+        assert [n for _, n in one] == [{0: 3072, 1: 1536}] * 3
+        assert [n for _, n in two] == [{0: 1536, 1: 3072}] * 3
     files = sorted(p.name for p in (tmp_path / 'g').glob('*.json'))
-    assert len(files) == 2 and 'sample_class_stats.json' not in files
+    assert len(files) == 2
+    assert 'sample_class_stats.json' not in files

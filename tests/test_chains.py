@@ -28,7 +28,7 @@ from udanb.core.types import IGNORE
 from udanb.core.utils import seed_all
 from udanb.data.catalog import CAMVID, TOWN
 from udanb.data.concat import ConcatSegDataset
-from udanb.data.custom import write_dummy_dataset
+from udanb.data.dummy import write_dummy_dataset
 from udanb.data.pseudo_labels import read_export_journal
 from udanb.demo.render import write_demo
 from udanb.inference import export_labels as pseudo
@@ -951,7 +951,7 @@ def test_several_targets(data, tmp_path):
     for wrong in (where[0], where[:1], (*where, where[0])):
         with pytest.raises(ValueError, match='selftrain learns stored pseudo-labels of 2 targets'):
             open_datasets(replace(again, pseudo=wrong), data)
-    with pytest.raises(ValueError, match='have the dataset camvid, asked for is demo_target'):
+    with pytest.raises(ValueError, match='have the dataset camvid, not demo_target'):
         open_datasets(replace(again, pseudo=where[::-1]), data)
 
 

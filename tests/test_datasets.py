@@ -112,11 +112,9 @@ def test_png_of_any_mode_reads_as_pil_does(tmp_path, mode):
 def test_jpeg_reads_as_pil_does(tmp_path, kw):
     (tmp_path / 'ä b.jpg').write_bytes(data := encode(picture(), 'JPEG', quality=95, **kw))
     ours, pil = read_image(tmp_path / 'ä b.jpg'), np.asarray(Image.open(io.BytesIO(data)))
-    assert (
-        np.abs(ours.astype(int) - pil).mean() < 1
-        and ours.flags.writeable
-        and ours.flags.c_contiguous
-    )
+    assert np.abs(ours.astype(int) - pil).mean() < 1
+    assert ours.flags.writeable
+    assert ours.flags.c_contiguous
 
 
 def test_orientation_tags_do_not_turn_images(tmp_path):
@@ -208,7 +206,8 @@ def test_a_cut_label_raises(tmp_path, share):
 
 def test_palette_labels_are_indices(gta):
     p = gta / 'gta/labels/00000.png'
-    assert Image.open(p).mode == 'P' and set(np.unique(read_label(p))) <= set(PAPER)
+    assert Image.open(p).mode == 'P'
+    assert set(np.unique(read_label(p))) <= set(PAPER)
 
 
 # ---------------------------------------------------------------- bad trees and files
@@ -229,7 +228,8 @@ def test_every_dataset_says_where_to_get_it(tmp_path):
     for s in DATASETS.values():
         with pytest.raises(FileNotFoundError) as e:
             SegDataset(s, tmp_path)
-        assert len(s.download_hint) > 20 and s.download_hint in str(e.value)
+        assert len(s.download_hint) > 20
+        assert s.download_hint in str(e.value)
 
 
 def test_empty_folder(tmp_path):
@@ -261,11 +261,9 @@ def test_label_of_another_size(gta):
     save_label(gta / 'gta/labels/00001.png', np.full((40, 55), 7, np.uint8))
     with pytest.raises(ValueError) as e:
         SegDataset(GTA, gta).label(1)
-    assert (
-        '55×40' in str(e.value)
-        and '56×40' in str(e.value)
-        and str(gta / 'gta/labels/00001.png') in str(e.value)
-    )
+    assert '55×40' in str(e.value)
+    assert '56×40' in str(e.value)
+    assert str(gta / 'gta/labels/00001.png') in str(e.value)
 
 
 def test_unknown_ids_are_listed_with_counts(gta):
@@ -307,7 +305,8 @@ def test_target_without_label_files(gta):
     city(gta, 'train', 'aachen/a_000000', 'bochum/b_000000', labels=None)
     city(gta, 'val', 'ulm/u_000000')
     src, tgt, val = PAIRS['gta'].folders(gta)
-    assert (len(src), len(tgt), len(val['cityscapes'])) == (3, 2, 1) and tgt.image(1).shape == (
+    assert (len(src), len(tgt), len(val['cityscapes'])) == (3, 2, 1)
+    assert tgt.image(1).shape == (
         40,
         56,
         3,
@@ -323,7 +322,8 @@ def test_target_labels_are_never_opened(gta, monkeypatch):
     seen, real = [], os.walk
     monkeypatch.setattr(os, 'walk', lambda d, *a, **k: (seen.append(str(d)), real(d, *a, **k))[1])
     SegDataset(CITYSCAPES, gta, labels=False).image(0)
-    assert len(seen) == 1 and 'gtFine' not in seen[0]
+    assert len(seen) == 1
+    assert 'gtFine' not in seen[0]
 
 
 # ---------------------------------------------------------------- layouts
@@ -360,12 +360,12 @@ def test_native_first_then_upstreams_converted_file(gta):
     f = SegDataset(GTA, gta)
     native = f.label(0)
     save_label(gta / 'gta/labels/00000_labelTrainIds.png', native, palette=False)
-    assert SegDataset(GTA, gta).label_path(0).name == '00000.png' and len(SegDataset(GTA, gta)) == 3
+    assert SegDataset(GTA, gta).label_path(0).name == '00000.png'
+    assert len(SegDataset(GTA, gta)) == 3
     (gta / 'gta/labels/00000.png').unlink()
     back = SegDataset(GTA, gta)
-    assert back.label_path(0).name == '00000_labelTrainIds.png' and np.array_equal(
-        back.label(0), native
-    )
+    assert back.label_path(0).name == '00000_labelTrainIds.png'
+    assert np.array_equal(back.label(0), native)
 
 
 def test_label_files_among_the_images_are_not_images(gta):
@@ -378,7 +378,9 @@ def test_equal_base_names_in_sub_folders(tmp_path):
     city(tmp_path, 'train', 'aachen/x_0', 'bochum/x_0')
     f = SegDataset(CITYSCAPES, tmp_path)
     assert [f.stem(i) for i in (0, 1)] == ['aachen/x_0', 'bochum/x_0']
-    assert f.label(0).max() == 0 and f.label(1).min() == 1  # ids 7 and 8
+    # ids 7 and 8
+    assert f.label(0).max() == 0
+    assert f.label(1).min() == 1
 
 
 def test_names_are_sorted_and_complete(tmp_path):
@@ -386,9 +388,8 @@ def test_names_are_sorted_and_complete(tmp_path):
     city(tmp_path, 'val', *names)
     (tmp_path / 'cityscapes/leftImg8bit/val/ulm/._u_1_leftImg8bit.png').write_bytes(b'x')
     f = SegDataset(CITYSCAPES, tmp_path, 'val')
-    assert f.names == sorted(f'leftImg8bit/val/{n}_leftImg8bit.png' for n in names) and all(
-        f.path(i).is_file() for i in range(3)
-    )
+    assert f.names == sorted(f'leftImg8bit/val/{n}_leftImg8bit.png' for n in names)
+    assert all(f.path(i).is_file() for i in range(3))
 
 
 def test_links_are_followed_once(tmp_path):
@@ -455,12 +456,10 @@ def test_margins_follow_the_size(tmp_path):
 def test_images_without_labels_are_left_out_where_asked(gta):
     (gta / 'gta/labels/00001.png').unlink()
     f = SegDataset(GTA, gta, skip_broken=True)
-    assert (
-        len(f) == 2
-        and f.stem(1) == '00002'
-        and list(f.skipped) == ['images/00001.png']
-        and 'no label' in f.skipped['images/00001.png']
-    )
+    assert len(f) == 2
+    assert f.stem(1) == '00002'
+    assert list(f.skipped) == ['images/00001.png']
+    assert 'no label' in f.skipped['images/00001.png']
     assert np.array_equal(
         f.label(1),
         SegDataset(GTA, gta, skip_broken=True).exclude({'images/00000.png': 'x'}).label(0),
@@ -490,9 +489,8 @@ def test_splits_of_several_parts(tmp_path):
         )
     zw = replace(ZEROWASTE_V1, folder='zw')
     f = SegDataset(zw, tmp_path)
-    assert f.names == ['train/data/01.PNG', 'val/data/01.PNG', 'test/data/01.PNG'] and [
-        f.label(i).max() for i in range(3)
-    ] == [1, 2, 3]
+    assert f.names == ['train/data/01.PNG', 'val/data/01.PNG', 'test/data/01.PNG']
+    assert [f.label(i).max() for i in range(3)] == [1, 2, 3]
     assert len(SegDataset(zw, tmp_path, 'val')) == 1
 
 
@@ -502,7 +500,8 @@ def test_shrink_halves_as_pil_does(tmp_path):
     ids = np.random.default_rng(0).choice(PAPER, (40, 57)).astype(np.uint8)
     save_label(tmp_path / 'gta/labels/1.png', ids)
     f, whole = SegDataset(spec, tmp_path), SegDataset(GTA, tmp_path)
-    assert f.size(0) == (20, 28) and f.label(0).shape == (20, 28)
+    assert f.size(0) == (20, 28)
+    assert f.label(0).shape == (20, 28)
     assert np.array_equal(
         f.image(0), np.asarray(Image.fromarray(whole.image(0)).resize((28, 20), Image.BICUBIC))
     )
@@ -522,10 +521,12 @@ def test_town_equals_upstreams_conversion_and_statistics():
         Path(s['file']).name: s
         for s in json.loads((f.root / 'sample_class_stats.json').read_text())
     }
-    assert len(f) == 700 and f.root == SHARED / 'town'
+    assert len(f) == 700
+    assert f.root == SHARED / 'town'
     for i in range(0, 700, 47):
         lbl, up = f.label(i), f.label_path(i).with_name(f.stem(i) + '_labelTrainIds.png')
-        assert np.array_equal(lbl, np.asarray(Image.open(up))) and f.image(i).shape == (360, 480, 3)
+        assert np.array_equal(lbl, np.asarray(Image.open(up)))
+        assert f.image(i).shape == (360, 480, 3)
         s = stats[up.name]
         assert {int(k): v for k, v in s.items() if k != 'file'} == {
             int(k): int(v) for k, v in zip(*np.unique(lbl, return_counts=True)) if k != IGNORE
@@ -536,7 +537,8 @@ def test_town_equals_upstreams_conversion_and_statistics():
 def test_camvid_in_its_eleven_classes():
     src, tgt, vals = PAIRS['town'].folders('../shared/data')
     val = vals['camvid']
-    assert (len(src), len(tgt), len(val)) == (700, 367, 101) and tgt.labels is None
+    assert (len(src), len(tgt), len(val)) == (700, 367, 101)
+    assert tgt.labels is None
     for i in range(0, 101, 25):
         raw, lbl = read_label(val.label_path(i)), val.label(i)
         assert (lbl[raw == 255] == 255).all()

@@ -24,8 +24,8 @@ from udanb.core.storage import read_json, write_json
 from udanb.core.types import normalize
 from udanb.core.utils import seed_all
 from udanb.data.catalog import ACDC, DATASETS, ZEROWASTE_V2
-from udanb.data.custom import write_dummy_dataset
 from udanb.data.datasets import SegDataset
+from udanb.data.dummy import write_dummy_dataset
 from udanb.data.transforms import resize_keep_ratio
 from udanb.demo.render import write_demo
 from udanb.inference.label_free import label_free

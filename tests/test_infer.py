@@ -491,9 +491,9 @@ def test_folder_of_another_network_or_owner(tmp_path, net):
     photo(tmp_path / 'in' / 'a.png')
     out = predict_folder(net, tmp_path / 'in', tmp_path / 'out', SPACE, quiet=True)
     old = (out / 'label' / 'a.png').read_bytes()
-    with pytest.raises(ValueError, match=f'weights {weights_hash(net)} then'):
+    with pytest.raises(ValueError, match=f'weights: {weights_hash(net)} there'):
         predict_folder(Net(seed=1), tmp_path / 'in', out, SPACE, quiet=True)
-    with pytest.raises(ValueError, match='train_ids False then, True now'):
+    with pytest.raises(ValueError, match='train_ids: False there, True here'):
         predict_folder(net, tmp_path / 'in', out, SPACE, train_ids=True, quiet=True)
     mine = photo(tmp_path / 'gta' / 'label' / 'a.png', 5)
     kept = mine.read_bytes()

@@ -36,13 +36,32 @@ def kit(root, **kw):
         dict(
             src=gta(root),
             tgt=city(root, labels=False),
-            src_tfm=TrainTransform(None, (24, 24), cat_max=0.75),
+            src_tfm=TrainTransform(None, (24, 24), cat_max_ratio=0.75),
             tgt_tfm=TrainTransform(None, (24, 24), margins=(2, 6, 1, 1)),
             batch=2,
             seed=3,
         )
         | kw
     )
+
+
+def load(root, start=0, steps=None, workers=0, **kw):
+    "Batches of a loader with these changes of the kit"
+    skip_broken = kw.pop('skip_broken', False)
+    loader = train_loader(
+        **kit(root, **kw), start=start, steps=steps, workers=workers, skip_broken=skip_broken
+    )
+    return list(loader)
+
+
+def first(root, **kw):
+    "The first batch"
+    return load(root, steps=1, **kw)[0]
+
+
+def drawn_names(batches):
+    "Names of the source images"
+    return [n for b in batches for n in b.src.name]
 
 
 def same(a, b):
@@ -53,7 +72,8 @@ def same(a, b):
         if isinstance(x, tuple):
             assert x == y
             continue
-        assert x.name == y.name and x.img.equal(y.img)
+        assert x.name == y.name
+        assert x.img.equal(y.img)
         for k in ('lbl', 'wgt'):
             p, q = getattr(x, k), getattr(y, k)
             assert p is q is None or p.equal(q)
@@ -69,7 +89,8 @@ class Fake:
         self.spec = SimpleNamespace(name=name)
         self.space = CITYSCAPES19
         self.skipped = {}
-        self.names, self.labels = [f'{i}.png' for i in range(n)], list(range(n))
+        self.names = [f'{i}.png' for i in range(n)]
+        self.labels = list(range(n))
 
     def __len__(self):
         return len(self.names)
@@ -80,12 +101,14 @@ class Fake:
 
 @given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6))
 def test_find_is_a_bijection(sizes):
-    c = ConcatSegDataset([Fake(chr(97 + k), n) for k, n in enumerate(sizes)])
+    folders = [Fake(chr(97 + k), n) for k, n in enumerate(sizes)]
+    c = ConcatSegDataset(folders)
     found = [c.locate(i) for i in range(len(c))]
-    assert found == [(k, j) for k, n in enumerate(sizes) for j in range(n)] and len(c) == sum(
-        sizes
-    ) == len(c.names) == len(c.labels) == len(c.share)
-    assert [f'{a}/{j}.png' for a, j in (c.image(i) for i in range(len(c)))] == c.names
+    want = [(k, j) for k, n in enumerate(sizes) for j in range(n)]
+    assert found == want
+    assert len(c) == sum(sizes) == len(c.names) == len(c.labels) == len(c.share)
+    read = [c.image(i) for i in range(len(c))]
+    assert [f'{name}/{j}.png' for name, j in read] == c.names
     for i in (-1, len(c)):
         with pytest.raises(IndexError):
             c.locate(i)
@@ -104,7 +127,9 @@ def test_draws_follow_shares(sizes, seed, weighted):
         if weighted
         else None
     )
-    c, N = ConcatSegDataset([Fake(str(k), n) for k, n in enumerate(sizes)], w), 2000
+    folders = [Fake(str(k), n) for k, n in enumerate(sizes)]
+    c = ConcatSegDataset(folders, w)
+    N = 2000
     want = np.array(
         [
             w[k] / sum(w) / n if weighted else 1 / sum(sizes)
@@ -113,7 +138,8 @@ def test_draws_follow_shares(sizes, seed, weighted):
         ]
     )
     np.testing.assert_allclose(c.share, want, rtol=1e-12)
-    got = np.bincount([sample_index(c, rng) for _ in range(N)], minlength=len(c)) / N
+    drawn = [sample_index(c, rng) for _ in range(N)]
+    got = np.bincount(drawn, minlength=len(c)) / N
     assert (
         abs(got - want) <= 6 * np.sqrt(want * (1 - want) / N) + 1e-12
     ).all()  # so a folder of weight 0 is never drawn
@@ -130,7 +156,8 @@ def two(root, weights=(1, 2), **kw):
     "GTA, and a second source with other images: its labels are one class throughout"
     if not (root / 'more').is_dir():
         for i in range(4):
-            write(root / f'more/images/{i:05d}.png', np.full((30, 50, 3), 40 * i, np.uint8))
+            grey = np.full((30, 50, 3), 40 * i, np.uint8)
+            write(root / f'more/images/{i:05d}.png', grey)
             write(
                 root / f'more/labels/{i:05d}.png',
                 np.repeat([7, 24], 750).reshape(30, 50).astype(np.uint8),
@@ -143,23 +170,19 @@ def two(root, weights=(1, 2), **kw):
 def test_several_datasets_read_as_their_folders(data):
     c = two(data)
     for i in (0, 9, 10, 13):
-        f, j = c.folders[c.locate(i)[0]], c.locate(i)[1]
-        assert (
-            (c.image(i) == f.image(j)).all()
-            and (c.label(i) == f.label(j)).all()
-            and (c.label(i, c.image(i).shape[:2]) == f.label(j)).all()
-        )
-        assert (
-            c.path(i) == f.path(j)
-            and c.label_path(i) == f.label_path(j)
-            and c.size(i) == f.size(j)
-            and c.names[i] == f'{f.spec.name}/{f.names[j]}'
-        )
-    assert (
-        c.labels == c.folders[0].labels + c.folders[1].labels
-        and two(data, labels=False).labels is None
-    )
-    assert ConcatSegDataset([c.folders[0], gta(data, labels=False)]).labels is None
+        k, j = c.locate(i)
+        f = c.datasets[k]
+        assert (c.image(i) == f.image(j)).all()
+        assert (c.label(i) == f.label(j)).all()
+        size = c.image(i).shape[:2]
+        assert (c.label(i, size) == f.label(j)).all()
+        assert c.path(i) == f.path(j)
+        assert c.label_path(i) == f.label_path(j)
+        assert c.size(i) == f.size(j)
+        assert c.names[i] == f'{f.spec.name}/{f.names[j]}'
+    assert c.labels == c.datasets[0].labels + c.datasets[1].labels
+    assert two(data, labels=False).labels is None
+    assert ConcatSegDataset([c.datasets[0], gta(data, labels=False)]).labels is None
 
 
 def test_datasets_that_do_not_fit_are_errors(data):
@@ -173,13 +196,14 @@ def test_datasets_that_do_not_fit_are_errors(data):
     with pytest.raises(ValueError, match='2 transforms for 1 datasets'):
         eval_loader(gta(data), [EvalTransform(None)] * 2)
     few = SimpleNamespace(px=np.zeros((3, 19)))
-    with pytest.raises(ValueError, match='knows 3 images, .* has 14'):
+    with pytest.raises(ValueError, match='statistics of 3 images, .* has 14'):
         train_loader(**kit(data, src=two(data), rcs=few))
 
 
 def test_each_dataset_has_its_transform(data):
-    "Only the second target has margins, so only its images get pixels without trust"
-    tgt = ConcatSegDataset([city(data, labels=False), two(data, labels=False).folders[1]])
+    "Only the second target has margins, so only its images get pixels of weight 0"
+    more = two(data, labels=False).datasets[1]
+    tgt = ConcatSegDataset([city(data, labels=False), more])
     kw = kit(
         data,
         tgt=tgt,
@@ -194,10 +218,11 @@ def test_each_dataset_has_its_transform(data):
         for n, w in zip(b.tgt.name, b.tgt.wgt)
     ]
     assert set(seen) == {('cityscapes', True), ('more', False)}
-    items = list(eval_loader(two(data), [EvalTransform((20, 30)), EvalTransform((15, 25))]))
-    assert [tuple(x.img.shape[2:]) for x, _ in items] == [(20, 30)] * 10 + [(15, 25)] * 4 and [
-        x.name[0] for x, _ in items
-    ] == two(data).names
+    tfms = [EvalTransform((20, 30)), EvalTransform((15, 25))]
+    items = list(eval_loader(two(data), tfms))
+    sizes = [tuple(x.img.shape[2:]) for x, _ in items]
+    assert sizes == [(20, 30)] * 10 + [(15, 25)] * 4
+    assert [x.name[0] for x, _ in items] == two(data).names
 
 
 @pytest.mark.parametrize('weights,want', [(None, 4 / 14), ((1, 2), 2 / 3), ((1, 0), 0)])
@@ -238,7 +263,8 @@ def test_workers_and_resume_do_not_change_batches(data, rcs, workers):
     here = list(train_loader(**kw, steps=9))
     there = list(train_loader(**kw, steps=9, workers=workers))
     late = list(train_loader(**kw, start=5, steps=9, workers=workers))
-    assert len(here) == len(there) == 9 and len(late) == 4
+    assert len(here) == len(there) == 9
+    assert len(late) == 4
     for a, b in zip(here, there, strict=True):
         same(a, b)
     for a, b in zip(here[5:], late, strict=True):
@@ -251,29 +277,30 @@ def test_batches_depend_on_nothing_but_seed_and_step(data, rcs):
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)
-    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    of_torch = torch.get_rng_state()
+    of_numpy = np.random.get_state()[1].copy()
+    of_python = random.getstate()
     a = list(train_loader(**kw, steps=3))
-    assert (
-        torch.get_rng_state().equal(states[0])
-        and (np.random.get_state()[1] == states[1]).all()
-        and random.getstate() == states[2]
-    )
+    assert torch.get_rng_state().equal(of_torch)
+    assert (np.random.get_state()[1] == of_numpy).all()
+    assert random.getstate() == of_python
     torch.manual_seed(1)
     np.random.seed(7)
     random.seed(7)
     for x, y in zip(a, train_loader(**kw, steps=3), strict=True):
         same(x, y)
     b = next(iter(train_loader(**kw | dict(seed=4))))
-    assert not b.src.img.equal(a[0].src.img) and not a[1].src.img.equal(a[0].src.img)
+    assert not b.src.img.equal(a[0].src.img)
+    assert not a[1].src.img.equal(a[0].src.img)
     assert next(iter(train_loader(**kw | dict(seed=-1)))).src.img.shape == (2, 3, 24, 24)
 
 
 @pytest.mark.filterwarnings('ignore:rare-class')
 def test_target_does_not_depend_on_the_source(data, rcs):
-    a = [list(train_loader(**kit(data, rcs=r), steps=3)) for r in (None, rcs)]
+    a = [load(data, rcs=r, steps=3) for r in (None, rcs)]
     for x, y in zip(*a):
         same([x.tgt], [y.tgt])
-    alone = list(train_loader(**kit(data, tgt=None), steps=3))
+    alone = load(data, tgt=None, steps=3)
     for x, y in zip(a[0], alone):
         same([x.src, None, ()], y)
 
@@ -281,26 +308,26 @@ def test_target_does_not_depend_on_the_source(data, rcs):
 def test_target_labels_are_never_touched(data):
     f = city(data, labels=False)
     f.label = f.label_path = lambda i: pytest.fail('a target label was read')
-    src, tgt, _ = next(iter(train_loader(**kit(data, tgt=f))))
-    assert (
-        tgt.lbl is None
-        and tgt.wgt.shape == (2, 24, 24)
-        and src.wgt is None
-        and src.lbl.dtype == torch.int64
-    )
+    src, tgt, _ = first(data, tgt=f)
+    assert tgt.lbl is None
+    assert tgt.wgt.shape == (2, 24, 24)
+    assert src.wgt is None
+    assert src.lbl.dtype == torch.int64
 
 
 def test_margins_reach_the_weight(data):
-    seen = [b.tgt.wgt for b in train_loader(**kit(data), steps=40)]
+    seen = [b.tgt.wgt for b in load(data, steps=40)]
     assert {float(v) for w in seen for v in w.unique()} == {0.0, 1.0}
     bottom = torch.cat(seen)[:, -6:]
     assert 0.05 < (bottom == 0).float().mean() < 1
 
 
 def test_both_domains_are_drawn_uniformly(data):
-    names = [n for b in train_loader(**kit(data), steps=150) for n in b.src.name]
+    names = drawn_names(load(data, steps=150))
     n = np.unique(names, return_counts=True)[1]
-    assert len(n) == 10 and n.min() > 12 and n.max() < 50  # 300 draws of 10
+    assert len(n) == 10
+    assert n.min() > 12
+    assert n.max() < 50  # 300 draws of 10
 
 
 @pytest.mark.filterwarnings('ignore:rare-class')
@@ -317,8 +344,9 @@ def test_crops_hold_the_class_they_were_drawn_for(data, rcs):
 
     def held(min_px):
         told.asked.clear()
-        bs = list(train_loader(**kit(data, rcs=told, min_crop_px=min_px), steps=40))
-        assert [gta(data).names[i] for i, _ in told.asked] == [n for b in bs for n in b.src.name]
+        bs = load(data, rcs=told, min_crop_px=min_px, steps=40)
+        drawn = [gta(data).names[i] for i, _ in told.asked]
+        assert drawn == drawn_names(bs)
         return np.mean(
             [
                 (b.src.lbl[j] == told.asked[2 * i + j][1]).sum() > 40
@@ -360,16 +388,16 @@ def test_everything_at_once_is_the_same_for_any_number_of_workers(data):
     )
     tfms = [
         TrainTransform(
-            (36, 54), (24, 24), cat_max=0.9, augment=[a for a in AUGMENTATIONS if a != 'none']
+            (36, 54), (24, 24), cat_max_ratio=0.9, augment=[a for a in AUGMENTATIONS if a != 'none']
         ),
         TrainTransform(None, (24, 24)),
     ]
     kw = kit(data, src=src, src_tfm=tfms, rcs=rcs, min_crop_px=20, skip_broken=True)
     runs = {w: list(train_loader(**kw, steps=12, workers=w)) for w in (0, 1, 3)}
     late = list(train_loader(**kw, start=7, steps=12, workers=3))
-    assert {n.split('/')[0] for b in runs[0] for n in b.src.name} == {'gta', 'more'} and any(
-        b.skipped for b in runs[0]
-    )
+    datasets_drawn = {n.split('/')[0] for n in drawn_names(runs[0])}
+    assert datasets_drawn == {'gta', 'more'}
+    assert any(b.skipped for b in runs[0])
     for w in (1, 3):
         for a, b in zip(runs[0], runs[w], strict=True):
             same(a, b)
@@ -384,22 +412,22 @@ def test_broken_files_are_skipped_and_told(data):
         list(train_loader(**kw, steps=40))
     bs = list(train_loader(**kw, steps=40, skip_broken=True))
     told = dict(s for b in bs for s in b.skipped)
-    assert set(told) == set(why) and all(why[n] in r for n, r in told.items())
+    assert set(told) == set(why)
+    assert all(why[n] in r for n, r in told.items())
     assert {n for b in bs for n in (*b.src.name, *b.tgt.name)} == (
         {*src.names} | {*kw['tgt'].names}
     ) - set(why)
-    assert all(len(b.src) == len(b.tgt) == 2 for b in bs) and any(not b.skipped for b in bs)
+    assert all(len(b.src) == len(b.tgt) == 2 for b in bs)
+    assert any(not b.skipped for b in bs)
     alone = list(train_loader(**kw | dict(tgt=None), steps=40, skip_broken=True))
     for a, b in zip(bs, alone):
         same([a.src], [b.src])  # a broken target does not shift the source
 
 
 def test_whole_files_are_drawn_as_without_the_leave_to_skip(data):
-    for a, b in zip(
-        train_loader(**kit(data), steps=5),
-        train_loader(**kit(data), steps=5, skip_broken=True),
-        strict=True,
-    ):
+    plain = load(data, steps=5)
+    lenient = load(data, steps=5, skip_broken=True)
+    for a, b in zip(plain, lenient, strict=True):
         same(a, b)
 
 
@@ -410,11 +438,12 @@ def test_when_most_files_are_broken_it_says_so(data):
         ValueError,
         match=r'step 3: 20 images in a row .*most files of .*gta/train.* are broken.*images/000',
     ):
-        list(train_loader(**kit(data), start=3, steps=4, skip_broken=True))
+        load(data, start=3, steps=4, skip_broken=True)
 
 
 def test_only_reading_is_forgiven(data):
-    kw = kit(data, tgt_tfm=TrainTransform(None, (24, 24), margins=(30, 30, 0, 0)), skip_broken=True)
+    tfm = TrainTransform(None, (24, 24), margins=(30, 30, 0, 0))
+    kw = kit(data, tgt_tfm=tfm, skip_broken=True)
     with pytest.raises(ValueError, match='step 0, leftImg8bit.*margins.*leave nothing'):
         next(iter(train_loader(**kw)))
 
@@ -426,12 +455,14 @@ def test_evaluation_leaves_broken_files_out(data, workers):
         list(eval_loader(src, EvalTransform(None), 0))
     loader = eval_loader(src, EvalTransform(None), workers, skip_broken=True)
     for _ in range(2):
-        assert [x.name[0] for x, _ in loader] == [n for n in src.names if n not in why]
-        assert list(loader.dataset.skipped) == [n for n in src.names if n in why] and all(
-            why[n] in r for n, r in loader.dataset.skipped.items()
-        )
+        read = [x.name[0] for x, _ in loader]
+        skipped = loader.dataset.skipped
+        assert read == [n for n in src.names if n not in why]
+        assert list(skipped) == [n for n in src.names if n in why]
+        assert all(why[n] in reason for n, reason in skipped.items())
     shutil.copy(data / 'gta/images/00000.png', data / 'gta/images/00001.png')
-    assert len(list(loader)) == 11 and len(loader.dataset.skipped) == 3
+    assert len(list(loader)) == 11
+    assert len(loader.dataset.skipped) == 3
 
 
 def test_a_file_is_read_once(data, monkeypatch):
@@ -441,7 +472,7 @@ def test_a_file_is_read_once(data, monkeypatch):
     monkeypatch.setattr(
         datasets, 'read_image_size', lambda p: pytest.fail('the header was read again')
     )
-    list(train_loader(**kit(data, src_tfm=TrainTransform(None, (8, 8), cat_max=0.01)), steps=3))
+    load(data, src_tfm=TrainTransform(None, (8, 8), cat_max_ratio=0.01), steps=3)
     list(eval_loader(gta(data), EvalTransform(None)))
     assert len(count) == 3 * 4 + 10
 
@@ -453,7 +484,7 @@ def test_endless_and_empty(data):
     it = iter(train_loader(**kit(data)))
     for _ in range(3):
         next(it)
-    assert len(list(train_loader(**kit(data), start=4, steps=4))) == 0
+    assert len(load(data, start=4, steps=4)) == 0
 
 
 IMG = 'gta/images/00000.png'
@@ -479,7 +510,7 @@ def test_other_failures_keep_their_kind_in_the_message(data):
             raise KeyError('odd')
 
     with pytest.raises(RuntimeError, match='step 0, images/.*KeyError'):
-        next(iter(train_loader(**kit(data, src_tfm=Odd(None, (8, 8))))))
+        first(data, src_tfm=Odd(None, (8, 8)))
 
 
 def test_workers_use_one_thread(data):
@@ -490,7 +521,7 @@ def test_workers_use_one_thread(data):
             return super().__call__(*a)
 
     before = cv2.getNumThreads()
-    list(train_loader(**kit(data, src_tfm=Threads(None, (8, 8))), steps=2, workers=2))
+    load(data, src_tfm=Threads(None, (8, 8)), steps=2, workers=2)
     assert cv2.getNumThreads() == before
 
 

@@ -1,4 +1,4 @@
-"A dataset looked over: every kind of fault, conversion as upstream does it, journals that survive a kill, copies that change no pixel"
+"Validation: faults, conversion as upstream does it, journals that survive a kill, copies that change no pixel"
 
 import errno
 import json
@@ -21,14 +21,7 @@ from PIL import Image
 
 from udanb.core.image_io import read_image, read_label
 from udanb.core.labels import CITYSCAPES_IDS, SYNTHIA_IDS
-from udanb.data.cache import (
-    cache_dir,
-    journal_paths,
-    pending_indices,
-    read_survey_journal,
-    shrink_to_fit,
-    use_cache,
-)
+from udanb.data.cache import cache_dir, pending_indices, shrink_to_fit, use_cache
 from udanb.data.catalog import (
     CAMVID,
     CITYSCAPES,
@@ -40,20 +33,19 @@ from udanb.data.catalog import (
     ZEROWASTE_V2,
 )
 from udanb.data.class_stats import class_stats, stats_paths
-from udanb.data.custom import parse_dataset_spec, write_dummy_dataset
+from udanb.data.custom import parse_dataset_spec
 from udanb.data.datasets import SegDataset
-from udanb.data.inspection import train_id_path
-from udanb.data.transforms import TrainTransform, resize_keep_ratio
-from udanb.data.validation import (
+from udanb.data.dummy import write_dummy_dataset
+from udanb.data.inspection import journal_paths, read_survey_journal, train_id_path
+from udanb.data.report import (
     class_summary,
     format_verdict,
     list_problems,
-    open_splits,
-    orphan_labels,
     show_frequencies,
     unknown_ids,
-    validate_split,
 )
+from udanb.data.transforms import TrainTransform, resize_keep_ratio
+from udanb.data.validation import open_splits, orphan_labels, validate_split
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = os.environ | dict(OMP_NUM_THREADS='1', NO_ALBUMENTATIONS_UPDATE='1', IN_TEST='1')
@@ -91,9 +83,10 @@ def gta(root, n=4, hw=HW):
 def cities(root, labels='_gtFine_labelIds.png'):
     for s, c in dict(train='aachen', val='munster').items():
         for i in range(2):
-            save(root / f'cityscapes/leftImg8bit/{s}/{c}/{c}_{i}_leftImg8bit.png', pic(i))
+            name = f'{s}/{c}/{c}_{i}'
+            save(root / f'cityscapes/leftImg8bit/{name}_leftImg8bit.png', pic(i))
             if labels:
-                save(root / f'cityscapes/gtFine/{s}/{c}/{c}_{i}{labels}', ids(i))
+                save(root / f'cityscapes/gtFine/{name}{labels}', ids(i))
     return root / 'cityscapes'
 
 
@@ -101,8 +94,13 @@ def train(spec, root, **kw):
     return open_splits(spec, root, **kw)[0]['train']
 
 
+def validate_gta(root, **kw):
+    return validate_split(train(GTA, root), quiet=True, **kw)
+
+
 def state(folder):
-    return {p: p.stat().st_mtime_ns for p in sorted(folder.rglob('*')) if p.is_file()}
+    files = [p for p in sorted(folder.rglob('*')) if p.is_file()]
+    return {p: p.stat().st_mtime_ns for p in files}
 
 
 # ---- faults
@@ -110,10 +108,15 @@ def state(folder):
 
 def test_every_kind_of_fault(tmp_path):
     d = gta(tmp_path, 12)
-    img, lbl = (lambda i: d / f'images/{i:05d}.png'), (lambda i: d / f'labels/{i:05d}.png')
 
-    def cut(p):
-        return p.write_bytes(p.read_bytes()[:-40])
+    def img(i):
+        return d / f'images/{i:05d}.png'
+
+    def lbl(i):
+        return d / f'labels/{i:05d}.png'
+
+    def cut(path):
+        path.write_bytes(path.read_bytes()[:-40])
 
     cut(img(1))
     img(2).write_bytes(b'')
@@ -136,7 +139,8 @@ def test_every_kind_of_fault(tmp_path):
     splits, notes = open_splits(GTA, tmp_path)
     s = validate_split(splits['train'], **KW)
     found = list_problems([s], orphan_labels(splits.values()), GTA.exclude)
-    assert not notes and {(f, p) for f, p in zip(found.file, found.problem)} == {
+    assert not notes
+    assert {(f, p) for f, p in zip(found.file, found.problem)} == {
         ('images/00001.png', 'broken'),
         ('images/00002.png', 'broken'),
         ('labels/00003.png', 'broken'),
@@ -149,11 +153,10 @@ def test_every_kind_of_fault(tmp_path):
         ('images/00010.png', 'no label'),
         ('labels/00077.png', 'no image'),
     }
-    assert found.remedy.str.len().min() > 10 and '10 files need' in format_verdict(found)
-    assert (
-        str(tmp_path) not in found.to_csv()
-        and 'label 40×10, image 40×24' in found.what[found.problem == 'size'].item()
-    )
+    assert found.remedy.str.len().min() > 10
+    assert '10 files need' in format_verdict(found)
+    assert str(tmp_path) not in found.to_csv()
+    assert 'label 40×10, image 40×24' in found.what[found.problem == 'size'].item()
     assert unknown_ids([s]).values.tolist() == [['train', 99, 2, 13], ['train', 200, 2, 6]]
     row = class_summary([s], notes).loc['train']
     assert (row.images, row.labels, row.no_label, row.broken, row['size'], row.ids) == (
@@ -163,29 +166,29 @@ def test_every_kind_of_fault(tmp_path):
         6,
         2,
         2,
-    ) and '24×40' in row.sizes
+    )
+    assert '24×40' in row.sizes
     # headers and ends find the cut and the empty file, not the flipped bit
     for j in journal_paths(s.folder):
         j.unlink(missing_ok=True)
     quick = list_problems([validate_split(splits['train'], full=False, **KW)])
-    assert {'images/00001.png', 'images/00002.png'} <= set(
-        quick.file
-    ) and 'images/00005.png' not in set(quick.file)
+    assert {'images/00001.png', 'images/00002.png'} <= set(quick.file)
+    assert 'images/00005.png' not in set(quick.file)
     # a later full survey decodes what was only glanced at
-    assert (
-        validate_split(splits['train'], **KW).new == 12
-        and validate_split(splits['train'], full=False, **KW).new == 0
-    )
+    assert validate_split(splits['train'], **KW).new == 12
+    assert validate_split(splits['train'], full=False, **KW).new == 0
 
 
 def test_repaired_and_changed_files_are_looked_at_again_and_only_they(tmp_path):
     d = gta(tmp_path)
     (d / 'images/00002.png').write_bytes(b'x')
-    assert len(list_problems([validate_split(train(GTA, tmp_path), **KW)])) == 1
+    assert len(list_problems([validate_gta(tmp_path)])) == 1
     save(d / 'images/00002.png', pic(2))
     save(d / 'labels/00003.png', np.full(HW, 7, np.uint8))
-    s = validate_split(train(GTA, tmp_path), **KW)
-    assert s.new == 2 and s.px[2] == {0: HW[0] * HW[1]} and list_problems([s]).empty
+    s = validate_gta(tmp_path)
+    assert s.new == 2
+    assert s.px[2] == {0: HW[0] * HW[1]}
+    assert list_problems([s]).empty
     wider = replace(
         GTA, labels=(replace(GTA.labels[0], void=(*GTA.labels[0].void, 50)), *GTA.labels[1:])
     )
@@ -204,33 +207,30 @@ def test_file_that_cannot_be_opened_is_tried_again(tmp_path, monkeypatch):
 
     with monkeypatch.context() as m:
         m.setattr('udanb.data.inspection.read_image', closed)
-        assert list_problems([validate_split(train(GTA, tmp_path), **KW)]).problem.tolist() == [
-            'unreadable'
-        ]
-    s = validate_split(train(GTA, tmp_path), **KW)
-    assert s.new == 1 and list_problems([s]).empty
+        assert list_problems([validate_gta(tmp_path)]).problem.tolist() == ['unreadable']
+    s = validate_gta(tmp_path)
+    assert s.new == 1
+    assert list_problems([s]).empty
 
 
 def test_splits_absent_unlabelled_or_shared(tmp_path):
     d = cities(tmp_path)
     shutil.rmtree(d / 'gtFine/train')
     splits, notes = open_splits(CITYSCAPES, tmp_path)
-    assert (
-        set(splits) == {'train', 'val'}
-        and splits['train'].labels is None
-        and 'target' in notes['train']
-    )
+    assert set(splits) == {'train', 'val'}
+    assert splits['train'].labels is None
+    assert 'target' in notes['train']
     assert notes['test'] == "dataset 'cityscapes': there is no folder leftImg8bit/test"
     a, b = (validate_split(f, **KW) for f in splits.values())
     t = class_summary([a, b], notes)
-    assert (
-        t.labels.tolist() == [0, 2, 0] and t.images.tolist() == [2, 2, 0] and a.px == [None, None]
-    )
+    assert t.labels.tolist() == [0, 2, 0]
+    assert t.images.tolist() == [2, 2, 0]
+    assert a.px == [None, None]
     assert (
         format_verdict(list_problems([a, b]), [a, b])
-        == 'ready to train; without labels, so of use as a target only: train'
-        and not (d / 'sample_class_stats.json').exists()
+        == 'ready to train; no labels, usable only as a target: train'
     )
+    assert not (d / 'sample_class_stats.json').exists()
     with pytest.raises(FileNotFoundError, match='from_games'):
         open_splits(GTA, tmp_path)
     z = tmp_path / 'zerowaste-v2-splits'  # `train` is train + val + test, and only val has labels
@@ -238,7 +238,8 @@ def test_splits_absent_unlabelled_or_shared(tmp_path):
         save(z / f'{s}/data/{i}.png', pic(i))
     save(z / 'val/sem_seg/1.png', ids(1, of=range(5)))
     for _ in range(2):
-        new = [validate_split(f, **KW).new for f in open_splits(ZEROWASTE_V2, tmp_path)[0].values()]
+        splits, _ = open_splits(ZEROWASTE_V2, tmp_path)
+        new = [validate_split(f, **KW).new for f in splits.values()]
     assert new == [0, 0, 0]
 
 
@@ -256,30 +257,32 @@ def naive(x, table):
 
 
 def upstream_files(rows):
-    each, per = {f: {str(c): n for c, n in px.items()} for f, px in rows}, {}
+    each = {f: {str(c): n for c, n in px.items()} for f, px in rows}
+    per = {}
     for f, px in each.items():
         for c, n in px.items():
             per.setdefault(c, []).append([f, n])
-    return [px | dict(file=f) for f, px in each.items()], each, per
+    entries = [px | dict(file=f) for f, px in each.items()]
+    return entries, each, per
 
 
 def test_gta_is_converted_as_upstream_does_it(tmp_path):
     d = gta(tmp_path)
-    validate_split(train(GTA, tmp_path), convert=True, **KW)
+    validate_gta(tmp_path, convert=True)
     rows = []
     for i in range(1, 5):
         f = f'labels/{i:05d}_labelTrainIds.png'
-        want, n = naive(np.asarray(Image.open(d / f'labels/{i:05d}.png')), CITYSCAPES_IDS)
+        native = np.asarray(Image.open(d / f'labels/{i:05d}.png'))
+        want, n = naive(native, CITYSCAPES_IDS)
         Image.fromarray(want).save(tmp_path / 'want.png')
-        assert (
-            Image.open(d / f).mode == 'L'
-            and (d / f).read_bytes() == (tmp_path / 'want.png').read_bytes()
-        )
+        assert Image.open(d / f).mode == 'L'
+        assert (d / f).read_bytes() == (tmp_path / 'want.png').read_bytes()
         rows.append((f, n))
     names = 'sample_class_stats.json', 'sample_class_stats_dict.json', 'samples_with_class.json'
     for name, want in zip(names, upstream_files(rows)):
         assert json.loads((d / name).read_text()) == want, name
-    assert len(list((d / 'labels').iterdir())) == 8 and orphan_labels([train(GTA, tmp_path)]) == []
+    assert len(list((d / 'labels').iterdir())) == 8
+    assert orphan_labels([train(GTA, tmp_path)]) == []
 
 
 def test_synthia_and_synscapes_have_their_names(tmp_path):
@@ -299,7 +302,9 @@ def test_synthia_and_synscapes_have_their_names(tmp_path):
     ):
         for new in (1, 0):
             s = validate_split(train(spec, tmp_path), convert=True, **KW)
-            assert s.new == new and s.px == [want[1]] and orphan_labels([s.folder]) == []
+            assert s.new == new
+            assert s.px == [want[1]]
+            assert orphan_labels([s.folder]) == []
         assert np.array_equal(read_label(tmp_path / spec.folder / f), want[0])
 
 
@@ -339,22 +344,19 @@ def test_cityscapes_polygons_are_converted_as_cityscapesscripts_does_it(tmp_path
         'trainIds',
     )
     f = d / 'gtFine/val/munster/munster_0_gtFine_labelTrainIds.png'
-    assert (
-        np.array_equal(read_label(f), read_label(tmp_path / 'want.png')) and first['train'].new == 2
-    )
+    assert np.array_equal(read_label(f), read_label(tmp_path / 'want.png'))
+    assert first['train'].new == 2
     stats = json.loads((d / 'sample_class_stats.json').read_text())
     assert [r['file'] for r in stats] == [
         f'gtFine/train/aachen/aachen_{i}_gtFine_labelTrainIds.png' for i in range(2)
     ]  # train only
-    assert (d / 'train.txt').read_text() == 'aachen/aachen_0\naachen/aachen_1\n' and (
-        d / 'val.txt'
-    ).read_text().startswith('munster/munster_0\n')
+    assert (d / 'train.txt').read_text() == 'aachen/aachen_0\naachen/aachen_1\n'
+    assert (d / 'val.txt').read_text().startswith('munster/munster_0\n')
     again = open_splits(CITYSCAPES, tmp_path)[0]  # the converted file is the label now
     assert again['train'].label_path(0).name.endswith('_labelTrainIds.png')
     before = state(d)
-    assert [validate_split(x, convert=True, **KW).new for x in again.values()] == [0, 0] and state(
-        d
-    ) == before
+    assert [validate_split(x, convert=True, **KW).new for x in again.values()] == [0, 0]
+    assert state(d) == before
 
 
 def test_converted_file_that_disagrees_is_left_alone_and_named(tmp_path):
@@ -363,17 +365,14 @@ def test_converted_file_that_disagrees_is_left_alone_and_named(tmp_path):
     save(theirs, np.zeros(HW, np.uint8))
     save(d / 'labels/00003_labelTrainIds.png', naive(ids(3), CITYSCAPES_IDS)[0], compress_level=0)
     before = {p: p.read_bytes() for p in (theirs, d / 'labels/00003_labelTrainIds.png')}
-    found = list_problems([validate_split(train(GTA, tmp_path), convert=True, **KW)])
-    assert (
-        found.file.tolist() == ['labels/00002_labelTrainIds.png']
-        and 'labels/00002.png' in found.what[0]
-        and found.problem.tolist() == ['differs']
-    )
+    found = list_problems([validate_gta(tmp_path, convert=True)])
+    assert found.file.tolist() == ['labels/00002_labelTrainIds.png']
+    assert 'labels/00002.png' in found.what[0]
+    assert found.problem.tolist() == ['differs']
     assert all(p.read_bytes() == b for p, b in before.items())
     theirs.unlink()
-    assert list_problems(
-        [validate_split(train(GTA, tmp_path), convert=True, **KW)]
-    ).empty and np.array_equal(read_label(theirs), naive(ids(2), CITYSCAPES_IDS)[0])
+    assert list_problems([validate_gta(tmp_path, convert=True)]).empty
+    assert np.array_equal(read_label(theirs), naive(ids(2), CITYSCAPES_IDS)[0])
 
 
 def test_dataset_without_a_place_for_converted_labels(tmp_path):
@@ -384,16 +383,14 @@ def test_dataset_without_a_place_for_converted_labels(tmp_path):
 
 def test_limit_keeps_the_statistics_of_other_labels(tmp_path):
     d = gta(tmp_path)
-    validate_split(train(GTA, tmp_path), convert=True, **KW)
+    validate_gta(tmp_path, convert=True)
     whole = (d / 'sample_class_stats.json').read_text()
     save(d / 'labels/00001.png', np.full(HW, 7, np.uint8))
     (d / 'labels/00001_labelTrainIds.png').unlink()
     validate_split(train(GTA, tmp_path, limit=2), convert=True, **KW)
     new = json.loads((d / 'sample_class_stats.json').read_text())
-    assert (
-        new[0] == {'0': HW[0] * HW[1], 'file': 'labels/00001_labelTrainIds.png'}
-        and new[1:] == json.loads(whole)[1:]
-    )
+    assert new[0] == {'0': HW[0] * HW[1], 'file': 'labels/00001_labelTrainIds.png'}
+    assert new[1:] == json.loads(whole)[1:]
 
 
 # ---- trees and statistics of others
@@ -405,10 +402,9 @@ def test_statistics_equal_upstreams(shared_data, tmp_path):
         (tmp_path / 'town' / d).symlink_to(shared_data / 'town' / d)
     s = validate_split(train(TOWN, tmp_path), full=False, workers=0, **KW)
     theirs = json.loads((shared_data / 'town' / 'sample_class_stats.json').read_text())
-    assert (
-        len(theirs) == 700
-        and [{int(c): n for c, n in r.items() if c != 'file'} for r in theirs] == s.px
-    )
+    assert len(theirs) == 700
+    counts = [{int(c): n for c, n in r.items() if c != 'file'} for r in theirs]
+    assert counts == s.px
 
 
 @pytest.mark.parametrize('native', [False, True])
@@ -424,17 +420,13 @@ def test_tree_prepared_by_upstream_is_accepted_as_it_is(shared_data, tmp_path, n
     before = state(d)
     s = validate_split(train(TOWN, tmp_path), convert=True, **KW)
     after = state(d)
-    assert (
-        s.new == 8
-        and list_problems([s]).empty
-        and {p: t for p, t in after.items() if p in before} == before
-    )
+    assert s.new == 8
+    assert list_problems([s]).empty
+    assert {p: t for p, t in after.items() if p in before} == before
     assert [p.name for p in after if p not in before] == ['survey.jsonl']
-    assert (
-        validate_split(train(TOWN, tmp_path), **KW).new == 0
-        and class_stats(train(TOWN, tmp_path), quiet=True)[0][1] == s.px[0]
-        and state(d) == after
-    )
+    assert validate_split(train(TOWN, tmp_path), **KW).new == 0
+    assert class_stats(train(TOWN, tmp_path), quiet=True)[0][1] == s.px[0]
+    assert state(d) == after
 
 
 # ---- doing nothing, and going on
@@ -442,37 +434,42 @@ def test_tree_prepared_by_upstream_is_accepted_as_it_is(shared_data, tmp_path, n
 
 def test_second_run_does_nothing(tmp_path, monkeypatch):
     d = gta(tmp_path)
-    kw = dict(convert=True, size=(12, 20), **KW)
-    first, before = validate_split(train(GTA, tmp_path), **kw), state(d)
-    again = validate_split(train(GTA, tmp_path), **kw)
-    assert (first.new, again.new) == (4, 0) and again.rows == first.rows and state(d) == before
+    kw = dict(convert=True, size=(12, 20))
+    first = validate_gta(tmp_path, **kw)
+    before = state(d)
+    again = validate_gta(tmp_path, **kw)
+    assert (first.new, again.new) == (4, 0)
+    assert again.rows == first.rows
+    assert state(d) == before
 
     def count(folder, idx, *args):
         assert not list(idx), 'counted again'
         return []
 
     monkeypatch.setattr('udanb.data.class_stats.count_labels', count)
-    assert [px for _, px in class_stats(SegDataset(GTA, tmp_path), quiet=True)] == first.px
+    counted = class_stats(SegDataset(GTA, tmp_path), quiet=True)
+    assert [px for _, px in counted] == first.px
 
 
 SCRIPT = '''
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)      # a shell's background jobs are born deaf to it
-from udanb.data import validation as prepare
+from udanb.data import validation
 from udanb.data.catalog import GTA
-from udanb.data.custom import write_dummy_dataset, parse_dataset_spec
+from udanb.data.custom import parse_dataset_spec
 from udanb.data.validation import open_splits, validate_split
-real = prepare.process_pair
+real = validation.process_pair
 def slow(*a, **kw):          # so that the signal comes in the middle on any machine
     time.sleep(.02)
     return real(*a, **kw)
-prepare.process_pair = slow
+validation.process_pair = slow
 validate_split(open_splits(GTA, sys.argv[1])[0]['train'], convert=True, size=(32,48), workers=2)
 '''
 
 
 def lines(d):
-    return (d / 'survey.jsonl').read_bytes().count(b'\n') if (d / 'survey.jsonl').exists() else 0
+    journal = d / 'survey.jsonl'
+    return journal.read_bytes().count(b'\n') if journal.exists() else 0
 
 
 @pytest.mark.parametrize('sig', [signal.SIGKILL, signal.SIGINT])
@@ -490,27 +487,24 @@ def test_killed_in_the_middle_and_started_again(tmp_path, sig):
     while lines(d) < 40 and p.poll() is None and time.time() - t0 < 120:
         time.sleep(0.002)
     p.send_signal(sig)
-    assert p.wait(60) != 0 and 40 <= (had := lines(d)) < n
+    assert p.wait(60) != 0
+    assert 40 <= (had := lines(d)) < n
     while time.time() - t0 < 180 and any(str(tmp_path).encode() in c for c in commands()):
         time.sleep(0.2)
     assert not any(str(tmp_path).encode() in c for c in commands())  # no worker outlives its parent
     with open(d / 'survey.jsonl', 'ab') as f:
         f.write(b'{"name": "images/00200.png", "sig": [1')  # cut while writing
     whole = {p: p.stat().st_mtime_ns for p in d.rglob('*_labelTrainIds.png')}
-    s = validate_split(train(GTA, tmp_path), convert=True, size=(32, 48), workers=0, **KW)
-    assert (
-        s.new == n - had
-        and list_problems([s]).empty
-        and all(p.stat().st_mtime_ns == t for p, t in whole.items())
-    )
+    s = validate_gta(tmp_path, convert=True, size=(32, 48), workers=0)
+    assert s.new == n - had
+    assert list_problems([s]).empty
+    assert all(p.stat().st_mtime_ns == t for p, t in whole.items())
     assert all(
         px == naive(ids(i, (96, 128)), CITYSCAPES_IDS)[1]
         for i, px in list(enumerate(s.px, 1))[::17]
     )
-    assert (
-        len(json.loads((d / 'sample_class_stats.json').read_text())) == n
-        and len(use_cache(train(GTA, tmp_path), (32, 48))) == n
-    )
+    assert len(json.loads((d / 'sample_class_stats.json').read_text())) == n
+    assert len(use_cache(train(GTA, tmp_path), (32, 48))) == n
 
 
 def commands():
@@ -536,12 +530,15 @@ def test_full_disk_stops_and_goes_on(tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr('udanb.core.storage.os.replace', full)
         with pytest.raises(
-            OSError, match='No space left.*lost nothing.*run the same command again'
+            OSError, match='No space left.*finished images are kept.*run the same command again'
         ) as e:
-            validate_split(train(GTA, tmp_path), convert=True, **KW)
-    assert e.value.errno == errno.ENOSPC and lines(d) == 3 and not list(d.rglob('*.part*'))
-    s = validate_split(train(GTA, tmp_path), convert=True, **KW)
-    assert s.new == 1 and list_problems([s]).empty
+            validate_gta(tmp_path, convert=True)
+    assert e.value.errno == errno.ENOSPC
+    assert lines(d) == 3
+    assert not list(d.rglob('*.part*'))
+    s = validate_gta(tmp_path, convert=True)
+    assert s.new == 1
+    assert list_problems([s]).empty
 
 
 def test_disk_full_while_the_journal_is_written(tmp_path, monkeypatch):
@@ -568,18 +565,18 @@ def test_disk_full_while_the_journal_is_written(tmp_path, monkeypatch):
             if self.n == 3:
                 raise OSError(errno.ENOSPC, 'No space left on device')
 
-    from udanb.data.cache import open_journal
+    from udanb.data.inspection import open_survey_journal
 
     with monkeypatch.context() as m:
-        m.setattr('udanb.data.validation.open_journal', lambda f: Tight(open_journal(f)))
-        with pytest.raises(OSError, match='lost nothing'):
-            validate_split(train(GTA, tmp_path), **KW)
-    s = validate_split(train(GTA, tmp_path), **KW)
-    assert (
-        s.new == 2
-        and list(read_survey_journal(s.folder)) == s.folder.names
-        and validate_split(train(GTA, tmp_path), **KW).new == 0
-    )
+        m.setattr(
+            'udanb.data.validation.open_survey_journal', lambda f: Tight(open_survey_journal(f))
+        )
+        with pytest.raises(OSError, match='finished images are kept'):
+            validate_gta(tmp_path)
+    s = validate_gta(tmp_path)
+    assert s.new == 2
+    assert list(read_survey_journal(s.folder)) == s.folder.names
+    assert validate_gta(tmp_path).new == 0
 
 
 def test_read_only_tree(tmp_path, monkeypatch):
@@ -605,19 +602,18 @@ def test_read_only_tree(tmp_path, monkeypatch):
     monkeypatch.setattr(os, 'access', lambda p, m, **k: access(p, m, **k) and Path(p) != d)
     monkeypatch.chdir(tmp_path)
     before = state(d)
-    s = validate_split(train(GTA, tmp_path), size=(12, 20), **KW)
-    assert (s.new, validate_split(train(GTA, tmp_path), size=(12, 20), **KW).new) == (
+    s = validate_gta(tmp_path, size=(12, 20))
+    assert (s.new, validate_gta(tmp_path, size=(12, 20)).new) == (
         4,
         0,
-    ) and state(d) == before
-    assert (
-        journal_paths(s.folder)[1].exists()
-        and stats_paths(s.folder)[1].exists()
-        and tmp_path / 'outputs' / '.cache' in cache_dir(s.folder, (12, 20)).parents
     )
+    assert state(d) == before
+    assert journal_paths(s.folder)[1].exists()
+    assert stats_paths(s.folder)[1].exists()
+    assert tmp_path / 'outputs' / '.cache' in cache_dir(s.folder, (12, 20)).parents
     assert use_cache(train(GTA, tmp_path), (12, 20)).image(0).shape == (12, 20, 3)
     with pytest.raises(OSError, match='Read-only.*make the folder writable'):
-        validate_split(train(GTA, tmp_path), convert=True, **KW)
+        validate_gta(tmp_path, convert=True)
 
 
 def test_nowhere_to_write_a_journal(tmp_path, monkeypatch):
@@ -628,15 +624,15 @@ def test_nowhere_to_write_a_journal(tmp_path, monkeypatch):
     monkeypatch.setattr('udanb.data.cache.read_survey_journal', lambda f: {})
     monkeypatch.setattr('udanb.data.validation.read_survey_journal', lambda f: {})
     with pytest.warns(UserWarning, match='no journal'):
-        assert validate_split(train(GTA, tmp_path), **KW).new == 4
+        assert validate_gta(tmp_path).new == 4
 
 
 def test_workers_make_no_difference(tmp_path):
     d = gta(tmp_path, 9)
     (d / 'images/00004.png').write_bytes(b'')
-    a = validate_split(train(GTA, tmp_path), workers=0, **KW).rows
+    a = validate_gta(tmp_path, workers=0).rows
     (d / 'survey.jsonl').unlink()
-    assert validate_split(train(GTA, tmp_path), workers=2, **KW).rows == a
+    assert validate_gta(tmp_path, workers=2).rows == a
 
 
 # ---- copies
@@ -644,7 +640,7 @@ def test_workers_make_no_difference(tmp_path):
 
 def crops(f, box, **kw):
     return [
-        TrainTransform(box, (16, 24), cat_max=0.75, **kw)(f.image(i), f.label(i), rng(i))
+        TrainTransform(box, (16, 24), cat_max_ratio=0.75, **kw)(f.image(i), f.label(i), rng(i))
         for i in range(len(f))
     ]
 
@@ -661,19 +657,15 @@ def test_crops_from_the_copy_are_those_of_the_original(tmp_path, box):
     f = train(GTA, tmp_path)
     validate_split(f, size=box, **KW)
     c = use_cache(f, box)
-    assert (
-        type(c).__name__ == 'CachedSegDataset'
-        and c.image(0).shape[0] <= 70
-        and same(crops(c, box), crops(f, box))
-    )
+    assert type(c).__name__ == 'CachedSegDataset'
+    assert c.image(0).shape[0] <= 70
+    assert same(crops(c, box), crops(f, box))
     eleven = SegDataset(GTA, tmp_path, space=CAMVID.space, merge=CAMVID.merge)
     assert same(crops(use_cache(eleven, box), box), crops(eleven, box))
     part = c.exclude({f.names[0]: 'why not'})
-    assert (
-        len(part) == 3
-        and np.array_equal(part.image(0), c.image(1))
-        and np.array_equal(part.native.image(0), f.image(1))
-    )
+    assert len(part) == 3
+    assert np.array_equal(part.image(0), c.image(1))
+    assert np.array_equal(part.native.image(0), f.image(1))
 
 
 @settings(max_examples=60, deadline=None)
@@ -683,16 +675,14 @@ def test_crops_from_the_copy_are_those_of_the_original(tmp_path, box):
     st.booleans(),
 )
 def test_scaling_a_scaled_copy_changes_nothing(hw, box, nearest):
-    f = min(max(box) / max(hw), min(box) / min(hw))
-    if min(round(n * f - 0.001) for n in hw) < 1:
+    scale = min(max(box) / max(hw), min(box) / min(hw))
+    if min(round(n * scale - 0.001) for n in hw) < 1:
         return  # nothing would be left of it
     x = pic(1, hw)
     y = shrink_to_fit(x, box, nearest)
-    assert (
-        np.array_equal(resize_keep_ratio(y, box, nearest), resize_keep_ratio(x, box, nearest))
-        and y.shape[0] <= hw[0]
-        and y.shape[1] <= hw[1]
-    )
+    assert np.array_equal(resize_keep_ratio(y, box, nearest), resize_keep_ratio(x, box, nearest))
+    assert y.shape[0] <= hw[0]
+    assert y.shape[1] <= hw[1]
 
 
 def test_copy_that_is_incomplete_old_or_damaged(tmp_path):
@@ -726,19 +716,21 @@ def test_faulty_images_are_read_from_the_original(tmp_path):
     c = use_cache(f, (12, 20))
     with pytest.raises(ValueError, match='images/00002.png.*empty'):
         c.image(1)
-    assert c.image(0).shape == (12, 20, 3) and c.label(2).shape == (12, 20)
+    assert c.image(0).shape == (12, 20, 3)
+    assert c.label(2).shape == (12, 20)
 
 
 def test_jpeg_copies_are_small_and_near(tmp_path):
     gta(tmp_path, 2, (64, 64))
     for i in (1, 2):
-        save(tmp_path / f'gta/images/{i:05d}.png', cv2.GaussianBlur(pic(i, (64, 64)), (0, 0), 6))
+        smooth = cv2.GaussianBlur(pic(i, (64, 64)), (0, 0), 6)
+        save(tmp_path / f'gta/images/{i:05d}.png', smooth)
     f = train(GTA, tmp_path)
     validate_split(f, size=(32, 32), quality=95, **KW)
     c = use_cache(f, (32, 32), 95)
-    assert np.abs(
-        c.image(0).astype(int) - resize_keep_ratio(f.image(0), (32, 32))
-    ).max() < 16 and np.array_equal(c.label(0), resize_keep_ratio(f.label(0), (32, 32), True))
+    want = resize_keep_ratio(f.image(0), (32, 32))
+    assert np.abs(c.image(0).astype(int) - want).max() < 16
+    assert np.array_equal(c.label(0), resize_keep_ratio(f.label(0), (32, 32), True))
 
 
 def test_target_without_labels_and_margins(tmp_path):
@@ -752,11 +744,10 @@ def test_target_without_labels_and_margins(tmp_path):
         [TrainTransform(box, (8, 8), margins=x.margins)(x.image(i), None, rng(i)) for i in range(2)]
         for x in (f, use_cache(f, box))
     )
-    assert (
-        same([(x[0], x[2]) for x in a], [(x[0], x[2]) for x in b])
-        and use_cache(f, box).margins != f.margins
-        and (d / '.cache').is_dir()
-    )
+    image_and_weight = [[(x[0], x[2]) for x in crops] for crops in (a, b)]
+    assert same(*image_and_weight)
+    assert use_cache(f, box).margins != f.margins
+    assert (d / '.cache').is_dir()
 
 
 def test_mapillary_half_size_validation(tmp_path):
@@ -766,14 +757,14 @@ def test_mapillary_half_size_validation(tmp_path):
     save(d / 'v1.2/labels/a.png', ids(0, (48, 80), range(66)))
     f = open_splits(MAPILLARY, tmp_path)[0]['val']
     s = validate_split(f, convert=True, size=(12, 40), **KW)
-    assert sum(s.px[0].values()) == int(
-        (read_label(train_id_path(f, 0)) != 255).sum()
-    ) and read_label(d / 'labels/a_labelTrainIds.png').shape == (48, 80)
+    converted = read_label(train_id_path(f, 0))
+    assert sum(s.px[0].values()) == int((converted != 255).sum())
+    assert read_label(d / 'labels/a_labelTrainIds.png').shape == (48, 80)
     c = use_cache(f, (12, 40))
-    assert f.image(0).shape[:2] == (24, 40) and c.image(0).shape == (12, 20, 3)
-    assert np.array_equal(c.image(0), resize_keep_ratio(f.image(0), (12, 40))) and np.array_equal(
-        c.label(0), resize_keep_ratio(f.label(0), (12, 40), True)
-    )
+    assert f.image(0).shape[:2] == (24, 40)
+    assert c.image(0).shape == (12, 20, 3)
+    assert np.array_equal(c.image(0), resize_keep_ratio(f.image(0), (12, 40)))
+    assert np.array_equal(c.label(0), resize_keep_ratio(f.label(0), (12, 40), True))
     assert not (
         tmp_path / 'mapillary/sample_class_stats.json'
     ).exists()  # nothing is drawn from val
@@ -784,20 +775,23 @@ def test_cached_folder_counts_native_labels(tmp_path):
     f = train(GTA, tmp_path)
     px = validate_split(f, size=(12, 20), **KW).px
     (tmp_path / 'gta/sample_class_stats.json').unlink()
-    assert [n for _, n in class_stats(use_cache(f, (12, 20)), cache=False, quiet=True)] == px
+    counted = class_stats(use_cache(f, (12, 20)), cache=False, quiet=True)
+    assert [n for _, n in counted] == px
 
 
 # ---- the figure and the notebook
 
 
 def test_figure_of_a_merged_space():
-    fig = show_frequencies([{0: 90, 3: 5, 2: 5}, None, {0: 10}], CAMVID.space, CAMVID.merge)
+    px = [{0: 90, 3: 5, 2: 5}, None, {0: 10}]
+    fig = show_frequencies(px, CAMVID.space, CAMVID.merge)
     a, b = fig.axes
     names = [t.get_text() for t in a.get_yticklabels()]
-    assert names[:2] == ['road', 'building'] and b.get_xlabel() == 'images that show it, of 2'
-    assert [t.get_text().strip() for t in a.texts[:3]] == ['91 %', '9.1 %', 'never'] and [
-        p.get_width() for p in b.patches[:2]
-    ] == [2, 1]
+    assert names[:2] == ['road', 'building']
+    assert b.get_xlabel() == 'images that contain it, of 2'
+    texts = [t.get_text().strip() for t in a.texts[:3]]
+    assert texts == ['91 %', '9.1 %', 'never']
+    assert [p.get_width() for p in b.patches[:2]] == [2, 1]
 
 
 def papermill(*args):
@@ -812,11 +806,9 @@ def test_notebook_looks_at_the_demo(tmp_path):
     p = papermill(PAGE, tmp_path / 'copy.ipynb', '-p', 'out', tmp_path / 'out')
     assert p.returncode == 0, p.stderr[-3000:]
     r = json.loads((tmp_path / 'out/prepare.json').read_text())
-    assert (
-        r['verdict'] == 'ready to train'
-        and r['read_now'] == 6
-        and (tmp_path / 'out/frequencies.png').exists()
-    )
+    assert r['verdict'] == 'ready to train'
+    assert r['read_now'] == 6
+    assert (tmp_path / 'out/frequencies.png').exists()
     assert pd.read_csv(tmp_path / 'out/summary.csv', index_col=0).images.to_dict() == dict(
         train=4, val=2, test=0
     )
@@ -846,23 +838,21 @@ def test_notebook_converts_and_copies_and_finds_what_is_broken(tmp_path):
     )
     assert p.returncode == 0, p.stderr[-3000:]
     r = json.loads((tmp_path / 'out/prepare.json').read_text())
-    assert r['verdict'].startswith('1 file needs attention') and r['read_now'] == 3
+    assert r['verdict'].startswith('1 file needs attention')
+    assert r['read_now'] == 3
     assert pd.read_csv(tmp_path / 'out/problems.csv').file.tolist() == ['images/00002.png']
     f = train(GTA, tmp_path)
-    assert (d / 'labels/00001_labelTrainIds.png').exists() and not pending_indices(
-        f, read_survey_journal(f), True, True, (12, 20)
-    )
+    assert (d / 'labels/00001_labelTrainIds.png').exists()
+    assert not pending_indices(f, read_survey_journal(f), True, True, (12, 20))
 
 
 def test_notebook_refuses_a_misspelt_parameter(tmp_path):
     p = papermill(
         PAGE, tmp_path / 'copy.ipynb', '-p', 'covert', True, '-p', 'out', tmp_path / 'out'
     )
-    assert (
-        p.returncode != 0
-        and "did you mean 'convert'" in p.stderr
-        and not (tmp_path / 'out').exists()
-    )
+    assert p.returncode != 0
+    assert "did you mean 'convert'" in p.stderr
+    assert not (tmp_path / 'out').exists()
 
 
 def test_copies_of_another_class_list_are_not_taken(tmp_path):

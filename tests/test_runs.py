@@ -19,7 +19,7 @@ from PIL import Image
 from udanb.checkpoints.weights import load_weights
 from udanb.core.storage import read_json
 from udanb.data.catalog import CAMVID, TOWN
-from udanb.data.custom import write_dummy_dataset
+from udanb.data.dummy import write_dummy_dataset
 from udanb.demo.render import write_demo
 from udanb.models.heads import HEADS
 from udanb.runs.build import build_trainer, open_datasets, train_loader_factory
@@ -252,11 +252,11 @@ def test_two_sources_and_two_targets(data, tmp_path):
         and len(m['iou']['student']) == 11
     )
     src, tgt, _ = open_datasets(r, tmp_path)
-    assert np.isclose(src.share[: len(src.folders[0])].sum(), 0.25)
+    assert np.isclose(src.share[: len(src.datasets[0])].sum(), 0.25)
     seen = {n for b, _ in zip(train_loader_factory(r, src, tgt)(0), range(8)) for n in b.src.name}
-    assert any('town' in n for n in seen) and len(tgt.folders) == 2
+    assert any('town' in n for n in seen) and len(tgt.datasets) == 2
     oracle = open_datasets(replace(r, method='oracle'), tmp_path)[0]
-    assert [f.spec.name for f in oracle.folders] == [
+    assert [f.spec.name for f in oracle.datasets] == [
         'demo_target',
         'camvid',
     ] and oracle.labels is not None

@@ -81,10 +81,13 @@ def city(root, split='train', **kw):
 
 
 def counted(folder):
-    def px(i):
-        return {c: int(n) for c in range(len(folder.space)) if (n := (folder.label(i) == c).sum())}
-
-    return [(n, px(i)) for i, n in enumerate(folder.names)]
+    "Class statistics by comparing each label with each class"
+    found = []
+    for i, name in enumerate(folder.names):
+        lbl = folder.label(i)
+        pixels = {c: int((lbl == c).sum()) for c in range(len(folder.space))}
+        found.append((name, {c: n for c, n in pixels.items() if n}))
+    return found
 
 
 @pytest.mark.parametrize('kw', [{}, dict(space=CAMVID11), dict(space=CAMVID11, merge=CAMVID_MERGE)])
@@ -98,25 +101,31 @@ def test_stats_equal_counting(data, kw):
     )
 
 
+def stored_counts(row):
+    "{train id: pixels} of an entry of the file"
+    return {int(c): n for c, n in row.items() if c != 'file'}
+
+
 def test_the_file_has_upstreams_form_in_train_ids(data):
     class_stats(gta(data, space=CAMVID11, merge=CAMVID_MERGE), quiet=True)
     rows = json.loads((data / 'gta/sample_class_stats.json').read_text())
-    assert [r['file'] for r in rows] == [f'labels/{i:05d}.png' for i in range(10)]
-    want = counted(gta(data))
-    assert [{int(c): n for c, n in r.items() if c != 'file'} for r in rows] == [n for _, n in want]
+    assert [row['file'] for row in rows] == [f'labels/{i:05d}.png' for i in range(10)]
+    want = [counts for _, counts in counted(gta(data))]
+    assert [stored_counts(row) for row in rows] == want
 
 
 @pytest.mark.parametrize('prefix', ['data/gta/labels/', 'labels/', 'D:\\x\\gta\\labels\\'])
 def test_upstreams_file_is_read(data, prefix, monkeypatch):
-    rows = [
-        {'0': 100 + i, '18': 7, 'file': f'{prefix}{i:05d}_labelTrainIds.png'} for i in range(10)
-    ]
+    rows = []
+    for i in range(10):
+        file = f'{prefix}{i:05d}_labelTrainIds.png'
+        rows.append({'0': 100 + i, '18': 7, 'file': file})
     (data / 'gta/sample_class_stats.json').write_text(json.dumps(rows))
     monkeypatch.setattr(stats, 'count_label', lambda *a: pytest.fail('must not count'))
-    assert class_stats(gta(data)) == [
-        (f'images/{i:05d}.png', {0: 100 + i, 18: 7}) for i in range(10)
-    ]
-    assert class_stats(gta(data, space=CAMVID11, merge=CAMVID_MERGE))[3][1] == {0: 103, 10: 7}
+    want = [(f'images/{i:05d}.png', {0: 100 + i, 18: 7}) for i in range(10)]
+    assert class_stats(gta(data)) == want
+    merged = class_stats(gta(data, space=CAMVID11, merge=CAMVID_MERGE))
+    assert merged[3][1] == {0: 103, 10: 7}
 
 
 def test_equal_names_in_two_folders_do_not_meet(data):
@@ -149,7 +158,8 @@ def test_only_what_is_new_is_counted(data, asked):
     assert asked == list(range(10))
     write(data / 'gta/labels/00002.png', np.full((40, 60), 7, np.uint8))
     later(data / 'gta/labels/00002.png')
-    assert class_stats(gta(data))[2][1] == {0: 2400} and asked[10:] == [2]
+    assert class_stats(gta(data))[2][1] == {0: 2400}
+    assert asked[10:] == [2]
     (data / 'gta/labels/00009.png').unlink()
     (data / 'gta/images/00009.png').unlink()
     assert len(class_stats(gta(data))) == 9
@@ -168,17 +178,19 @@ def test_a_changed_label_is_not_hidden_by_counting_others(data, asked):
     assert class_stats(gta(data, limit=3))[1][1] == {
         0: 2400
     }  # writes the file, without having looked at label 7
-    assert class_stats(gta(data))[7][1] == {0: 2400} and asked[10:] == [1, 7]
+    assert class_stats(gta(data))[7][1] == {0: 2400}
+    assert asked[10:] == [1, 7]
 
 
 def test_entries_of_other_files_survive(data):
     f = data / 'gta/sample_class_stats.json'
     f.write_text(json.dumps([{'3': 5, 'file': 'elsewhere/labels/99999_labelTrainIds.png'}]))
     class_stats(gta(data), quiet=True)
-    assert (
-        json.loads(f.read_text())[0] == {'3': 5, 'file': 'elsewhere/labels/99999_labelTrainIds.png'}
-        and len(json.loads(f.read_text())) == 11
-    )
+    assert json.loads(f.read_text())[0] == {
+        '3': 5,
+        'file': 'elsewhere/labels/99999_labelTrainIds.png',
+    }
+    assert len(json.loads(f.read_text())) == 11
 
 
 def test_read_only_dataset_goes_to_the_cache(data, monkeypatch):
@@ -191,9 +203,8 @@ def test_read_only_dataset_goes_to_the_cache(data, monkeypatch):
 
     monkeypatch.setattr(stats, 'atomic_write', write_)
     a = class_stats(gta(data), quiet=True)
-    assert (
-        not (data / 'gta/sample_class_stats.json').exists() and stats_paths(gta(data))[1].is_file()
-    )
+    assert not (data / 'gta/sample_class_stats.json').exists()
+    assert stats_paths(gta(data))[1].is_file()
     monkeypatch.setattr(stats, 'count_label', lambda *a: pytest.fail('must not count'))
     assert class_stats(gta(data)) == a
 
@@ -227,16 +238,14 @@ def test_a_broken_label_is_named_and_the_rest_is_kept(data, workers, asked):
     kept = {
         Path(r['file']).stem for r in json.loads((data / 'gta/sample_class_stats.json').read_text())
     }
-    assert {
-        f'{i:05d}' for i in range(5)
-    } <= kept and '00006' not in kept  # two workers hand over five labels at a time
+    # two workers hand over five labels at a time
+    assert {f'{i:05d}' for i in range(5)} <= kept
+    assert '00006' not in kept
     p.write_bytes(whole)
     asked.clear()
-    assert (
-        class_stats(gta(data), quiet=True) == counted(gta(data))
-        and len(asked) == 10 - len(kept)
-        and 6 in asked
-    )
+    assert class_stats(gta(data), quiet=True) == counted(gta(data))
+    assert len(asked) == 10 - len(kept)
+    assert 6 in asked
 
 
 def spoil(data):
@@ -261,12 +270,14 @@ def test_broken_labels_are_skipped_where_asked(data, workers):
         class_stats(f, quiet=True, workers=workers)
     for _ in range(2):  # counted, and from the file
         got = class_stats(f, quiet=True, workers=workers, skip_broken=True)
-        assert [n for n, _ in got] == f.names and [i for i, (_, n) in enumerate(got) if n] == good
+        assert [n for n, _ in got] == f.names
+        assert [i for i, (_, n) in enumerate(got) if n] == good
         assert list(f.skipped) == [f'images/{i:05d}.png' for i in (1, 3, 4, 8)]
         for i, why in zip(
             (1, 3, 4, 8), ('broken image file', '61×40 pixels', '77 (2400 px)', 'No such file')
         ):
-            assert why in f.skipped[f.names[i]] and f'{i:05d}.png' in f.skipped[f.names[i]]
+            assert why in f.skipped[f.names[i]]
+            assert f'{i:05d}.png' in f.skipped[f.names[i]]
     rest = f.exclude(f.skipped)
     assert class_stats(rest, quiet=True) == [got[i] for i in good] == counted(rest)
 
@@ -276,7 +287,8 @@ def test_broken_labels_are_tried_again(data, asked):
     class_stats(f, quiet=True, skip_broken=True)
     asked.clear()
     write(data / 'gta/labels/00004.png', np.full((40, 60), 7, np.uint8))
-    assert class_stats(f, quiet=True, skip_broken=True)[4][1] == {0: 2400} and asked == [1, 3, 4, 8]
+    assert class_stats(f, quiet=True, skip_broken=True)[4][1] == {0: 2400}
+    assert asked == [1, 3, 4, 8]
 
 
 def test_ctrl_c_keeps_what_was_counted(data, monkeypatch, asked):
@@ -292,7 +304,8 @@ def test_ctrl_c_keeps_what_was_counted(data, monkeypatch, asked):
         class_stats(gta(data), quiet=True)
     monkeypatch.setattr(stats, 'count_label', real)
     asked.clear()
-    assert class_stats(gta(data), quiet=True) == counted(gta(data)) and asked == [4, 5, 6, 7, 8, 9]
+    assert class_stats(gta(data), quiet=True) == counted(gta(data))
+    assert asked == [4, 5, 6, 7, 8, 9]
 
 
 KILLED = """
@@ -318,18 +331,18 @@ def test_a_killed_count_goes_on_where_it_stopped(data, workers, done, asked):
     file, until = data / 'gta/sample_class_stats.json', time.time() + 120
     try:
         while not (file.exists() and len(json.loads(file.read_text())) >= done):
-            assert p.poll() is None and time.time() < until
+            assert p.poll() is None
+            assert time.time() < until
             time.sleep(0.05)
         children = psutil.Process(p.pid).children(recursive=True)
     finally:
         p.send_signal(signal.SIGKILL)
         p.wait()
-    assert (
-        len(children) >= workers and not psutil.wait_procs(children, timeout=20)[1]
-    )  # nobody is left behind
-    assert class_stats(gta(data), quiet=True) == counted(gta(data)) and asked == list(
-        range(done, 10)
-    )
+    # nobody is left behind
+    assert len(children) >= workers
+    assert not psutil.wait_procs(children, timeout=20)[1]
+    assert class_stats(gta(data), quiet=True) == counted(gta(data))
+    assert asked == list(range(done, 10))
     class_stats(gta(data), quiet=True)
     assert len(asked) == 10 - done  # run again, nothing is counted
 
@@ -339,13 +352,11 @@ def test_counts_can_be_given(data, asked):
     write_stats(f, {2: {0: 5}, 7: {18: 9}})
     assert write_stats(f, {2: {1: 6}}).parent == f.root
     got = class_stats(f, quiet=True)
-    assert (
-        got[2][1] == {1: 6}
-        and got[7][1] == {18: 9}
-        and 2 not in asked
-        and 7 not in asked
-        and len(asked) == 8
-    )
+    assert got[2][1] == {1: 6}
+    assert got[7][1] == {18: 9}
+    assert 2 not in asked
+    assert 7 not in asked
+    assert len(asked) == 8
     write_stats(f, [{0: i + 1} for i in range(10)])
     assert [n for _, n in class_stats(f)] == [{0: i + 1} for i in range(10)]
 
@@ -353,9 +364,8 @@ def test_counts_can_be_given(data, asked):
 def test_statistics_are_at_native_size(data):
     "A split that is read at half its size is counted in full"
     half = SegDataset(replace(GTA, split_scale=dict(train=0.5)), data)
-    assert half.label(0).shape == (20, 30) and class_stats(half, quiet=True) == class_stats(
-        gta(data), cache=False, quiet=True
-    )
+    assert half.label(0).shape == (20, 30)
+    assert class_stats(half, quiet=True) == class_stats(gta(data), cache=False, quiet=True)
 
 
 def test_sixteen_bit_ids(data):
@@ -376,18 +386,20 @@ def test_sixteen_bit_ids(data):
 )
 def test_sums_equal_labelled_pixels(seed, h, w, n):
     rng = np.random.default_rng(seed)
+    values = np.array([*IDS, 0, 4, 255], np.uint8)
     with tempfile.TemporaryDirectory() as d:
         d, want = Path(d), []
         for i in range(n):
-            lbl = rng.choice(np.array([*IDS, 0, 4, 255], np.uint8), (h, w))
+            lbl = rng.choice(values, (h, w))
             write(d / f'gta/images/{i:05d}.png', np.zeros((h, w, 3), np.uint8))
             write(d / f'gta/labels/{i:05d}.png', lbl)
             want.append(int(np.isin(lbl, IDS).sum()))
-        assert [sum(c.values()) for _, c in class_stats(SegDataset(GTA, d), quiet=True)] == want
+        found = class_stats(SegDataset(GTA, d), quiet=True)
+        assert [sum(counts.values()) for _, counts in found] == want
         merged = class_stats(SegDataset(GTA, d, space=CAMVID11, merge=CAMVID_MERGE), quiet=True)
-        assert all(
-            sum(c.values()) <= x and set(c) <= set(range(11)) for (_, c), x in zip(merged, want)
-        )
+        for (_, counts), most in zip(merged, want):
+            assert sum(counts.values()) <= most
+            assert set(counts) <= set(range(11))
 
 
 def test_town_statistics_equal_counting(shared_data):
@@ -401,9 +413,8 @@ def test_town_statistics_equal_counting(shared_data):
         shared_data / 'town/sample_class_stats.json', keys, ('.png', '_labelTrainIds.png')
     )
     raw = with_native_labels(merged)
-    assert len(shipped) == 700 and [have[k] for k in keys] == [
-        count_label(raw, i) for i in range(8)
-    ]
+    assert len(shipped) == 700
+    assert [have[k] for k in keys] == [count_label(raw, i) for i in range(8)]
     assert class_stats(merged, quiet=True) == counted(merged)
 
 
@@ -413,47 +424,52 @@ def test_town_statistics_equal_counting(shared_data):
 @pytest.mark.parametrize('T', ['0.01', '0.1', '1.0', 'inf'])
 def test_probabilities_equal_published(T):
     rows = json.loads((GOLDEN / 'rcs_stats/sample_class_stats.json').read_text())
-    stats = [(r['file'], {int(c): n for c, n in r.items() if c != 'file'}) for r in rows]
+    stats = [(row['file'], stored_counts(row)) for row in rows]
     want = json.loads((GOLDEN / 'units.json').read_text())['rcs'][T]
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        rcs = RareClassSampler(stats, 19, float(T))
-    np.testing.assert_allclose(rcs.prob[want['classes']], want['probs'], rtol=2e-5, atol=1e-9)
+    rcs = quiet_rcs(stats, 19, float(T))
+    found = rcs.prob[want['classes']]
+    np.testing.assert_allclose(found, want['probs'], rtol=2e-5, atol=1e-9)
     if T != 'inf':
-        assert np.argsort(rcs.freq, kind='stable').tolist() == want['classes']
+        order = np.argsort(rcs.freq, kind='stable')
+        assert order.tolist() == want['classes']
 
 
 def test_temperature():
     two = RareClassSampler([('a', {0: 505_000, 1: 495_000})], 2)
-    assert np.isclose(two.prob[1] / two.prob[0], np.e)
-    even = RareClassSampler([('a', {c: 4000 for c in range(7)})], 7)
+    ratio = two.prob[1] / two.prob[0]
+    assert np.isclose(ratio, np.e)
+    equal = {c: 4000 for c in range(7)}
+    even = RareClassSampler([('a', equal)], 7)
     np.testing.assert_allclose(even.prob, 1 / 7)
 
 
 def test_draws_follow_probabilities_and_show_the_class():
     rng = np.random.default_rng(1)
-    stats = [
-        (str(i), {c: int(n) for c, n in enumerate(rng.integers(0, [40_000, 9000, 5000, 3500]))})
-        for i in range(30)
-    ]
+    most = [40_000, 9000, 5000, 3500]
+    px = np.stack([rng.integers(0, most) for _ in range(30)])
+    stats = [(str(i), dict(enumerate(row.tolist()))) for i, row in enumerate(px)]
     rcs = RareClassSampler(stats, 4, T=0.3)
-    got = [rcs.draw(rng) for _ in range(5000)]
-    assert all(stats[i][1][c] > 3000 for i, c in got)
-    np.testing.assert_allclose(
-        np.bincount([c for _, c in got], minlength=4) / 5000, rcs.prob, atol=0.03
-    )
-    ok = [i for i, s in enumerate(stats) if s[1][1] > 3000]
-    share = np.bincount([i for i, c in got if c == 1], minlength=30)[ok]
+    drawn = np.array([rcs.draw(rng) for _ in range(5000)])
+    images, classes = drawn.T
+    assert (px[images, classes] > 3000).all()
+    found = np.bincount(classes, minlength=4) / 5000
+    np.testing.assert_allclose(found, rcs.prob, atol=0.03)
+    shows = px[:, 1] > 3000
+    share = np.bincount(images[classes == 1], minlength=30)[shows]
     share = share / share.sum()
-    assert abs(share - 1 / len(ok)).max() < 0.05
+    assert abs(share - 1 / shows.sum()).max() < 0.05
 
 
 def test_absent_and_small_classes_warn_once():
     stats = [('a', {0: 90_000, 2: 50}), ('b', {0: 90_000, 2: 20})]
     with pytest.warns(UserWarning) as w:
         rcs = RareClassSampler(stats, 4, names=('road', 'wall', 'bike', 'train'))
-    assert len(w) == 1 and 'wall, train' in str(w[0].message) and 'bike' in str(w[0].message)
-    assert rcs.prob[1] == rcs.prob[3] == 0 and rcs.prob[2] > 0.6 and np.isclose(rcs.prob.sum(), 1)
+    assert len(w) == 1
+    assert 'wall, train' in str(w[0].message)
+    assert 'bike' in str(w[0].message)
+    assert rcs.prob[1] == rcs.prob[3] == 0
+    assert rcs.prob[2] > 0.6
+    assert np.isclose(rcs.prob.sum(), 1)
     assert {rcs.draw(np.random.default_rng(i)) for i in range(50)} == {
         (0, 2)
     }  # the rare class, in the image that has most of it
@@ -469,7 +485,8 @@ def test_no_class_at_all_is_an_error():
 def test_pixel_limits_scale_by_area():
     assert scaled_rcs_limits((1052, 1914), (704, 1280)) == (3000, 1500)
     m, c = scaled_rcs_limits((526, 957), (352, 640))
-    assert (m, c) == (750, 375) and scaled_rcs_limits((1052, 1914), (704, 1280), ratio=2) == (
+    assert (m, c) == (750, 375)
+    assert scaled_rcs_limits((1052, 1914), (704, 1280), ratio=2) == (
         3000,
         6000,
     )
@@ -489,22 +506,18 @@ def test_statistics_of_several_datasets(data):
     assert class_stats(both, quiet=True, skip_broken=True)[2] == (
         'gta/images/00002.png',
         {},
-    ) and list(both.skipped) == ['gta/images/00002.png']
+    )
+    assert list(both.skipped) == ['gta/images/00002.png']
 
 
 def rows(seed, n=12, classes=5, top=30_000):
+    "Random class statistics of n images; about a third of the classes are missing in each"
     rng = np.random.default_rng(seed)
-    return [
-        (
-            str(i),
-            {
-                c: int(v)
-                for c, v in enumerate(rng.integers(0, top, classes) * (rng.random(classes) < 0.7))
-                if v
-            },
-        )
-        for i in range(n)
-    ]
+    stats = []
+    for i in range(n):
+        pixels = rng.integers(0, top, classes) * (rng.random(classes) < 0.7)
+        stats.append((str(i), {c: int(n) for c, n in enumerate(pixels) if n}))
+    return stats
 
 
 def quiet_rcs(*a, **kw):
@@ -522,20 +535,30 @@ def quiet_rcs(*a, **kw):
 )
 def test_probabilities_equal_a_naive_softmax(seed, n, T, weighted):
     stats = rows(seed, n)
-    if not any(c for _, c in stats):
+    if not any(counts for _, counts in stats):
         return
     share = np.random.default_rng(seed + 1).integers(1, 6, n).tolist() if weighted else None
-    seen = [
-        sum((share[i] if weighted else 1) * c.get(k, 0) for i, (_, c) in enumerate(stats))
-        for k in range(5)
-    ]
-    up = [np.exp(np.longdouble(1 - s / sum(seen)) / T) if s else 0 for s in seen]
-    np.testing.assert_allclose(
-        quiet_rcs(stats, 5, T, share=share).prob,
-        np.array([u / sum(up) for u in up], float),
-        rtol=1e-6,
-        atol=1e-12,
-    )
+    seen = [0] * 5
+    for i, (_, counts) in enumerate(stats):
+        for k, pixels in counts.items():
+            seen[k] += pixels * (share[i] if weighted else 1)
+    up = []
+    for pixels in seen:
+        rarity = np.longdouble(1 - pixels / sum(seen))
+        up.append(np.exp(rarity / T) if pixels else 0)
+    want = np.array([u / sum(up) for u in up], float)
+    found = quiet_rcs(stats, 5, T, share=share).prob
+    np.testing.assert_allclose(found, want, rtol=1e-6, atol=1e-12)
+
+
+def images_above(stats, share, c, min_px=3000):
+    "Images that are drawn and show class c, with the limit halved until there are some"
+    while True:
+        drawn = [i for i, s in enumerate(share) if s]
+        found = [i for i in drawn if stats[i][1].get(c, 0) > min_px]
+        if found or not min_px:
+            return found
+        min_px //= 2
 
 
 @settings(max_examples=12, deadline=None)
@@ -543,42 +566,54 @@ def test_probabilities_equal_a_naive_softmax(seed, n, T, weighted):
 def test_images_are_drawn_as_often_as_they_should(seed, n):
     stats, rng = rows(seed, n), np.random.default_rng(seed)
     share = rng.integers(0, 4, n) + (np.arange(n) == 0)
-    if not any(c for (_, c), s in zip(stats, share) if s):
+    if not any(counts for (_, counts), s in zip(stats, share) if s):
         return
     rcs = quiet_rcs(stats, 5, 0.5, share=share)
-    N = 2000
     want = np.zeros(n)
     for c, p in enumerate(rcs.prob):
-        for lim in (3000 // 2**k for k in range(20)):
-            if ok := [i for i in range(n) if share[i] and stats[i][1].get(c, 0) > lim]:
-                break
-        for i in ok:
-            want[i] += p * share[i] / sum(share[j] for j in ok)
+        images = images_above(stats, share, c)
+        total = sum(share[i] for i in images)
+        for i in images:
+            want[i] += p * share[i] / total
     assert np.isclose(want.sum(), 1)
-    got = np.bincount([rcs.draw(rng)[0] for _ in range(N)], minlength=n) / N
-    assert (abs(got - want) <= 6 * np.sqrt((want * (1 - want)).clip(0) / N) + 1e-9).all()
+    N = 2000
+    drawn = [rcs.draw(rng)[0] for _ in range(N)]
+    got = np.bincount(drawn, minlength=n) / N
+    deviation = np.sqrt((want * (1 - want)).clip(0) / N)
+    assert (abs(got - want) <= 6 * deviation + 1e-9).all()
 
 
 @pytest.mark.parametrize('share', [np.full(12, 1 / 12), np.full(12, 3.0), np.ones(12) / 7])
 def test_equal_shares_change_nothing(share):
     stats = rows(5)
-    a, b = quiet_rcs(stats, 5), quiet_rcs(stats, 5, share=share)
-    assert (a.prob == b.prob).all() and (a.freq == b.freq).all()
+    plain = quiet_rcs(stats, 5)
+    shared = quiet_rcs(stats, 5, share=share)
+    assert (plain.prob == shared.prob).all()
+    assert (plain.freq == shared.freq).all()
     r, s = np.random.default_rng(2), np.random.default_rng(2)
-    assert [a.draw(r) for _ in range(300)] == [b.draw(s) for _ in range(300)]
+    for _ in range(300):
+        assert plain.draw(r) == shared.draw(s)
 
 
 def test_a_source_without_weight_is_not_there():
     one, two = rows(1), rows(2, 5)
-    alone, both = quiet_rcs(one, 5), quiet_rcs(one + two, 5, share=[1] * 12 + [0] * 5)
+    alone = quiet_rcs(one, 5)
+    both = quiet_rcs(one + two, 5, share=[1] * 12 + [0] * 5)
     np.testing.assert_allclose(both.prob, alone.prob, rtol=1e-12)
-    assert [f.tolist() for f in both.files] == [f.tolist() for f in alone.files] and (
-        both.min_px == alone.min_px
-    ).all()
+    for found, want in zip(both.files, alone.files, strict=True):
+        assert found.tolist() == want.tolist()
+    assert (both.min_px == alone.min_px).all()
     rng = np.random.default_rng(0)
-    assert max(both.draw(rng)[0] for _ in range(2000)) < 12
+    drawn = [both.draw(rng)[0] for _ in range(2000)]
+    assert max(drawn) < 12
     with pytest.raises(ValueError, match='no labelled pixel'):
         RareClassSampler([('a', {}), ('b', {0: 9000})], 2, share=[1, 0])
+
+
+def draw_probability(rcs, images, c):
+    "Probability that one of these images is drawn for class c"
+    total = rcs.w[rcs.files[c]].sum()
+    return rcs.w[images].sum() / total
 
 
 def test_a_dataset_listed_twice_at_half_the_weight_counts_once():
@@ -586,15 +621,11 @@ def test_a_dataset_listed_twice_at_half_the_weight_counts_once():
     once = quiet_rcs(a + b, 5, share=[0.6 / 12] * 12 + [0.4 / 5] * 5)
     twice = quiet_rcs(a + a + b, 5, share=[0.3 / 12] * 24 + [0.4 / 5] * 5)
     np.testing.assert_allclose(twice.prob, once.prob, rtol=1e-9)
-
-    def p(r, f, c):
-        return r.w[f] / r.w[r.files[c]].sum()
-
     for c in range(5):
-        for i in once.files[c]:
-            i = int(i)
-            same = [i, i + 12] if i < 12 else [i + 12]
-            assert np.isclose(sum(p(twice, j, c) for j in same), p(once, i, c))
+        for i in once.files[c].tolist():
+            copies = [i, i + 12] if i < 12 else [i + 12]
+            want = draw_probability(once, [i], c)
+            assert np.isclose(draw_probability(twice, copies, c), want)
 
 
 @pytest.mark.parametrize(
@@ -603,14 +634,16 @@ def test_a_dataset_listed_twice_at_half_the_weight_counts_once():
 def test_bad_weights_are_errors(w, data):
     with pytest.raises(ValueError, match='2 numbers are needed'):
         normalize_weights(w, 2)
+    datasets = [gta(data), city(data, 'val')]
     with pytest.raises(ValueError, match='weights of gta . cityscapes: 2 numbers'):
-        ConcatSegDataset([gta(data), city(data, 'val')], w)
+        ConcatSegDataset(datasets, w)
+    stats = [('a', {0: 1}), ('b', {0: 1})]
     with pytest.raises(ValueError, match='share: 2 numbers'):
-        RareClassSampler([('a', {0: 1}), ('b', {0: 1})], 1, share=w)
+        RareClassSampler(stats, 1, share=w)
 
 
 def test_names_in_upstreams_file_stay(data):
-    "An entry that was written under a converted file's name keeps it when it is counted again: upstream's reader looks it up by base name"
+    "A recounted entry keeps the name of the converted file: upstream's reader looks it up by base name"
     folder = gta(data)
     counts = [n for _, n in class_stats(folder, cache=False, quiet=True)]
     rows = [
@@ -622,6 +655,5 @@ def test_names_in_upstreams_file_stay(data):
     path.write_text(json.dumps(rows[:2]))
     write_stats(folder, {0: counts[0], 2: counts[2]})
     files = [r['file'] for r in json.loads(path.read_text())]
-    assert files[:2] == [r['file'] for r in rows[:2]] and files[2].endswith(
-        f'{Path(folder.names[2]).stem}.png'
-    )
+    assert files[:2] == [r['file'] for r in rows[:2]]
+    assert files[2].endswith(f'{Path(folder.names[2]).stem}.png')

@@ -13,9 +13,9 @@ from fastcore.basics import patch
 
 from .concat import normalize_weights
 
-# %% ../../nbs/data/06_samplers.ipynb #0357f540
+# %% ../../nbs/data/06_samplers.ipynb #0381709a
 class RareClassSampler:
-    "Draw a class, rare ones more often, then an image that shows it"
+    "Draw a class, rare ones more often, then an image that shows it (DAFormer, section 3.3)"
 
     def __init__(
         self,
@@ -24,71 +24,87 @@ class RareClassSampler:
         T=0.01,  # temperature of the softmax over 1 - frequency
         min_px=3000,  # an image shows a class if it has more pixels of it than this, at native size
         names=None,  # class names for the warning, e.g. `space.classes`
-        share=None,  # how often each image is drawn otherwise, see `ConcatSegDataset.share`; None = all alike
+        share=None,  # probability of each image without this sampler, see `ConcatSegDataset`; None = all equal
     ):
-        self.px = np.array(
-            [[n.get(c, 0) for c in range(n_classes)] for _, n in stats], np.int64
-        ).reshape(-1, n_classes)
-        w = (
-            np.ones(len(self.px), np.int64)
-            if share is None
-            else normalize_weights(share, len(self.px), 'share')
-        )
-        self.w = (
-            w if share is None else w / w.max()
-        )  # 1 for the images drawn most: equal shares are exactly none
-        self.total = (self.px * self.w[:, None]).sum(0)
+        "Labels without a labelled pixel, and wrong shares, raise `ValueError`"
+        rows = [[counts.get(c, 0) for c in range(n_classes)] for _, counts in stats]
+        self.px = np.array(rows, np.int64).reshape(-1, n_classes)  # (images, classes)
+        self.w = np.ones(len(self.px), np.int64)  # (images,) relative share, at most 1
+        if share is not None:
+            share = normalize_weights(share, len(self.px), 'share')
+            self.w = share / share.max()
+        self.total = (self.px * self.w[:, None]).sum(0)  # (classes,) weighted pixels
         if not self.total.any():
             raise ValueError(
-                f'rare-class sampling: no labelled pixel of {n_classes} classes in {len(stats)} labels; train without rcs'
+                f'rare-class sampling: no labelled pixel of {n_classes} classes in {len(stats)} labels; '
+                'train without rcs'
             )
-        self.freq, there = self.total / self.total.sum(), self.total > 0
-        e = np.where(there, np.exp((self.freq[there].min() - self.freq) / T), 0)
-        self.prob = e / e.sum()
-        self.min_px = np.full(n_classes, min_px)
-        px = self.px * (self.w > 0)[:, None]
-        for c in np.flatnonzero(there):
-            while px[:, c].max() <= self.min_px[c]:
-                self.min_px[c] //= 2
-        self.files = [np.flatnonzero(px[:, c] > self.min_px[c]) for c in range(n_classes)]
-        self._warn_undrawable(there, min_px, names or range(n_classes))
+        self.freq = self.total / self.total.sum()
+        occurs = self.total > 0
+        # relative to the rarest class, so that the largest exponent is 0
+        odds = np.where(occurs, np.exp((self.freq[occurs].min() - self.freq) / T), 0)
+        self.prob = odds / odds.sum()
+        drawn = self.px * (self.w > 0)[:, None]
+        self.min_px = _attainable_limits(drawn, min_px)  # (classes,)
+        self.files = [np.flatnonzero(drawn[:, c] > self.min_px[c]) for c in range(n_classes)]
+        self._warn_undrawable(occurs, min_px, names or range(n_classes))
 
-# %% ../../nbs/data/06_samplers.ipynb #98f9ae9e
+
+def _attainable_limits(px, min_px):
+    "(classes,) min_px, halved for each class until an image has more pixels; px: (images, classes)"
+    limits = np.full(px.shape[1], min_px)
+    for c in np.flatnonzero(px.any(0)):
+        while px[:, c].max() <= limits[c]:
+            limits[c] //= 2
+    return limits
+
+# %% ../../nbs/data/06_samplers.ipynb #0357f540
 @patch
-def draw(self: RareClassSampler, rng: np.random.Generator) -> tuple:  # (index of an image, class)
-    "One image, and the class that it was chosen for"
+def draw(
+    self: RareClassSampler,
+    rng: np.random.Generator,  # source of randomness
+) -> tuple:  # (index of an image, class that it was drawn for)
+    "Draw an image"
     c = int(rng.choice(len(self.prob), p=self.prob))
-    f, w = self.files[c], self.w[self.files[c]]
-    return int(
-        f[rng.integers(len(f)) if w.min() == w.max() else rng.choice(len(f), p=w / w.sum())]
-    ), c
+    images = self.files[c]
+    w = self.w[images]
+    if w.min() == w.max():
+        k = rng.integers(len(images))
+    else:
+        k = rng.choice(len(images), p=w / w.sum())
+    return int(images[k]), c
 
 
 @patch
-def _warn_undrawable(self: RareClassSampler, there, min_px, names):
-    "One warning for all classes that cannot be drawn as asked"
-    absent = [str(n) for n, t in zip(names, there) if not t]
-    small = [f'{n} (now {m})' for n, t, m in zip(names, there, self.min_px) if t and m < min_px]
-    says = [f'never occur and will not be drawn: {", ".join(absent)}'] if absent else []
-    if small:
-        says.append(
-            f'have no image with more than {min_px} px, their limit is lowered: {", ".join(small)}'
+def _warn_undrawable(self: RareClassSampler, occurs, min_px, names):
+    "One warning for all classes that never occur or whose limit was lowered"
+    absent = [str(name) for name, there in zip(names, occurs) if not there]
+    lowered = []
+    for name, there, limit in zip(names, occurs, self.min_px):
+        if there and limit < min_px:
+            lowered.append(f'{name} (now {limit})')
+    parts = []
+    if absent:
+        parts.append(f'never occur and will not be drawn: {", ".join(absent)}')
+    if lowered:
+        parts.append(
+            f'have no image with more than {min_px} px, their limit is lowered: {", ".join(lowered)}'
         )
-    if says:
-        warnings.warn('rare-class sampling: classes that ' + '; classes that '.join(says))
+    if parts:
+        warnings.warn('rare-class sampling: classes that ' + '; classes that '.join(parts))
 
 # %% ../../nbs/data/06_samplers.ipynb #87aee23a
+def _area(hw):
+    return hw[0] * hw[1]
+
+
 def scaled_rcs_limits(
-    native,  # (H,W) of the label files
-    fitted,  # (H,W) after scaling, before the crop
-    ratio=0.5,  # upstream's min_crop_ratio, as it is at DAFormer's scale
-    px=3000,  # upstream's min_pixels, as it is at GTA's size
+    native,  # (H,W) px of the label files
+    fitted,  # (H,W) px after resizing, before the crop
+    ratio=0.5,  # DAFormer's min_crop_ratio
+    px=3000,  # DAFormer's min_pixels, at GTA's native size
 ) -> tuple:  # (min_px for `RareClassSampler`, min_crop_px for `train_loader`)
-    "DAFormer's pixel limits, scaled by area from GTA's 1052x1914 files and 704x1280 scaled images"
-
-    def area(hw):
-        return hw[0] * hw[1]
-
-    return round(px * area(native) / area((1052, 1914))), round(
-        px * ratio * area(fitted) / area((704, 1280))
-    )
+    "DAFormer's pixel limits, scaled by area from GTA's 1052x1914 files and 704x1280 resized images"
+    min_px = px * _area(native) / _area((1052, 1914))
+    min_crop_px = px * ratio * _area(fitted) / _area((704, 1280))
+    return round(min_px), round(min_crop_px)

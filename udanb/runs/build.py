@@ -79,7 +79,7 @@ def draw_demo(
 
 def datasets_of(folder) -> list:
     "The `SegDataset`s in it"
-    return getattr(folder, 'folders', [folder])
+    return getattr(folder, 'datasets', [folder])
 
 
 def eval_image_size(r: Recipe, spec: SegSpec) -> tuple | None:  # (H,W); None = native
