@@ -143,7 +143,7 @@ def two(root, weights=(1, 2), **kw):
 def test_several_datasets_read_as_their_folders(data):
     c = two(data)
     for i in (0, 9, 10, 13):
-        f, j = c.datasets[c.locate(i)[0]], c.locate(i)[1]
+        f, j = c.folders[c.locate(i)[0]], c.locate(i)[1]
         assert (
             (c.image(i) == f.image(j)).all()
             and (c.label(i) == f.label(j)).all()
@@ -156,10 +156,10 @@ def test_several_datasets_read_as_their_folders(data):
             and c.names[i] == f'{f.spec.name}/{f.names[j]}'
         )
     assert (
-        c.labels == c.datasets[0].labels + c.datasets[1].labels
+        c.labels == c.folders[0].labels + c.folders[1].labels
         and two(data, labels=False).labels is None
     )
-    assert ConcatSegDataset([c.datasets[0], gta(data, labels=False)]).labels is None
+    assert ConcatSegDataset([c.folders[0], gta(data, labels=False)]).labels is None
 
 
 def test_datasets_that_do_not_fit_are_errors(data):
@@ -179,7 +179,7 @@ def test_datasets_that_do_not_fit_are_errors(data):
 
 def test_each_dataset_has_its_transform(data):
     "Only the second target has margins, so only its images get pixels without trust"
-    tgt = ConcatSegDataset([city(data, labels=False), two(data, labels=False).datasets[1]])
+    tgt = ConcatSegDataset([city(data, labels=False), two(data, labels=False).folders[1]])
     kw = kit(
         data,
         tgt=tgt,

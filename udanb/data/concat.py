@@ -36,23 +36,23 @@ class ConcatSegDataset:
         weights=None,  # one number per dataset, how often it is drawn; None = every image equally often
     ):
         "An empty list, different label spaces or wrong weights raise `ValueError`"
-        self.datasets = list(datasets)
-        if not self.datasets:
+        self.folders = list(datasets)  # the `SegDataset`s
+        if not self.folders:
             raise ValueError('several datasets: the list is empty; give at least one dataset')
-        first = self.datasets[0]
-        for d in self.datasets:
+        first = self.folders[0]
+        for d in self.folders:
             if d.space != first.space:
                 raise ValueError(
                     f'{d} and {first} number their classes differently; open both with the same `space`'
                 )
         self.space = first.space
-        self.names = [f'{d.spec.name}/{name}' for d in self.datasets for name in d.names]
-        sizes = [len(d) for d in self.datasets]
+        self.names = [f'{d.spec.name}/{name}' for d in self.folders for name in d.names]
+        sizes = [len(d) for d in self.folders]
         self.ends = np.cumsum(sizes)
         self.weights = None
         each = np.ones(len(sizes)) / len(self)
         if weights is not None:
-            names = ' + '.join(d.spec.name for d in self.datasets)
+            names = ' + '.join(d.spec.name for d in self.folders)
             self.weights = normalize_weights(weights, len(sizes), f'weights of {names}')
             each = self.weights / sizes
         self.share = np.repeat(each, sizes)  # (n,) probability of each image
@@ -61,7 +61,7 @@ class ConcatSegDataset:
         return int(self.ends[-1])
 
     def __repr__(self):
-        return f"ConcatSegDataset({', '.join(map(repr, self.datasets))})"
+        return f"ConcatSegDataset({', '.join(map(repr, self.folders))})"
 
 # %% ../../nbs/data/01_concat.ipynb #8cc7e175
 @patch
@@ -73,7 +73,7 @@ def locate(
     if not 0 <= i < len(self):
         raise IndexError(f'image {i} of {len(self)}')
     k = int(np.searchsorted(self.ends, i, side='right'))
-    start = int(self.ends[k]) - len(self.datasets[k])
+    start = int(self.ends[k]) - len(self.folders[k])
     return k, int(i) - start
 
 # %% ../../nbs/data/01_concat.ipynb #c3f1cabe
@@ -81,7 +81,7 @@ def locate(
 def _call(self: ConcatSegDataset, method, i, *args):
     "Call a method of the dataset that contains image `i`"
     k, j = self.locate(i)
-    return getattr(self.datasets[k], method)(j, *args)
+    return getattr(self.folders[k], method)(j, *args)
 
 
 @patch
@@ -117,15 +117,15 @@ def size(self: ConcatSegDataset, i):
 @patch(as_prop=True)
 def labels(self: ConcatSegDataset):
     "The label files of all datasets; None if one of them was opened without"
-    if any(d.labels is None for d in self.datasets):
+    if any(d.labels is None for d in self.folders):
         return None
-    return [label for d in self.datasets for label in d.labels]
+    return [label for d in self.folders for label in d.labels]
 
 
 @patch(as_prop=True)
 def skipped(self: ConcatSegDataset) -> dict:
     "The images that the datasets left out: name -> reason"
-    return {f'{d.spec.name}/{name}': why for d in self.datasets for name, why in d.skipped.items()}
+    return {f'{d.spec.name}/{name}': why for d in self.folders for name, why in d.skipped.items()}
 
 # %% ../../nbs/data/01_concat.ipynb #62769320
 def sample_index(
@@ -135,6 +135,6 @@ def sample_index(
     "Draw an image with the probability that `share` gives it"
     if getattr(dataset, 'weights', None) is None:
         return int(rng.integers(len(dataset)))
-    k = int(rng.choice(len(dataset.datasets), p=dataset.weights))
-    n = len(dataset.datasets[k])
+    k = int(rng.choice(len(dataset.folders), p=dataset.weights))
+    n = len(dataset.folders[k])
     return int(dataset.ends[k]) - n + int(rng.integers(n))
