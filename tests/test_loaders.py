@@ -170,18 +170,22 @@ def two(root, weights=(1, 2), **kw):
 def test_several_datasets_read_as_their_folders(data):
     c = two(data)
     for i in (0, 9, 10, 13):
-        k, j = c.locate(i)
-        f = c.datasets[k]
-        assert (c.image(i) == f.image(j)).all()
-        assert (c.label(i) == f.label(j)).all()
-        size = c.image(i).shape[:2]
-        assert (c.label(i, size) == f.label(j)).all()
-        assert c.path(i) == f.path(j)
-        assert c.label_path(i) == f.label_path(j)
-        assert c.size(i) == f.size(j)
-        assert c.names[i] == f'{f.spec.name}/{f.names[j]}'
-    assert c.labels == c.datasets[0].labels + c.datasets[1].labels
-    assert two(data, labels=False).labels is None
+        f, j = c.datasets[c.locate(i)[0]], c.locate(i)[1]
+        assert (
+            (c.image(i) == f.image(j)).all()
+            and (c.label(i) == f.label(j)).all()
+            and (c.label(i, c.image(i).shape[:2]) == f.label(j)).all()
+        )
+        assert (
+            c.path(i) == f.path(j)
+            and c.label_path(i) == f.label_path(j)
+            and c.size(i) == f.size(j)
+            and c.names[i] == f'{f.spec.name}/{f.names[j]}'
+        )
+    assert (
+        c.labels == c.datasets[0].labels + c.datasets[1].labels
+        and two(data, labels=False).labels is None
+    )
     assert ConcatSegDataset([c.datasets[0], gta(data, labels=False)]).labels is None
 
 
@@ -201,9 +205,8 @@ def test_datasets_that_do_not_fit_are_errors(data):
 
 
 def test_each_dataset_has_its_transform(data):
-    "Only the second target has margins, so only its images get pixels of weight 0"
-    more = two(data, labels=False).datasets[1]
-    tgt = ConcatSegDataset([city(data, labels=False), more])
+    "Only the second target has margins, so only its images get pixels without trust"
+    tgt = ConcatSegDataset([city(data, labels=False), two(data, labels=False).datasets[1]])
     kw = kit(
         data,
         tgt=tgt,

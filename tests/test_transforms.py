@@ -754,7 +754,7 @@ def test_same_generator_same_pixels_in_any_process(augment):
 
 
 class Views(torch.utils.data.Dataset):
-    "A step's two views as a function of (seed, step), as in 12_loaders"
+    "A step's two views as a function of (seed, step), as in the loaders"
 
     def __init__(self):
         self.tfm = TrainTransform(

@@ -36,7 +36,7 @@ class ConcatSegDataset:
         weights=None,  # one number per dataset, how often it is drawn; None = every image equally often
     ):
         "An empty list, different label spaces or wrong weights raise `ValueError`"
-        self.datasets = list(datasets)
+        self.datasets = list(datasets)  # the `SegDataset`s
         if not self.datasets:
             raise ValueError('several datasets: the list is empty; give at least one dataset')
         first = self.datasets[0]

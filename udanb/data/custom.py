@@ -220,7 +220,7 @@ def rename_old_keys(
     if found:
         names = _OLD_KEYS | _OLD_CLASS_KEYS
         changes = ', '.join(f"'{key}' is now '{names[key]}'" for key in found)
-        warnings.warn(f"dataset '{name}': {changes}", FutureWarning, stacklevel=2)
+        warnings.warn(f"dataset '{name}': {changes}", FutureWarning, stacklevel=3)
     return new
 
 # %% ../../nbs/data/02_custom.ipynb #e263f14d
