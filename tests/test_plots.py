@@ -7,6 +7,7 @@ import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from udanb.core.charts import show_class_freq, show_curves, show_iou
 from udanb.core.labels import CAMVID11, CITYSCAPES19, LABEL_SPACES
 from udanb.core.plots import *
 from udanb.core.types import IGNORE, Sample, normalize
@@ -167,7 +168,7 @@ def test_curves_panels_resume_and_gaps():
         {'it': 5, 'source/ce': float('nan'), 'q': 0.5, 'iou/student': {'road': 1}}
     ]
     fig = drawn(show_curves(log))
-    assert [a.get_title() for a in fig.axes] == ['loss', 'trust q', 'learning rate']
+    assert [a.get_title() for a in fig.axes] == ['loss', 'confidence q', 'learning rate']
     assert fig.axes[0].lines[0].get_xdata().tolist() == [
         1,
         2,
