@@ -252,11 +252,11 @@ def test_two_sources_and_two_targets(data, tmp_path):
         and len(m['iou']['student']) == 11
     )
     src, tgt, _ = open_datasets(r, tmp_path)
-    assert np.isclose(src.share[: len(src.folders[0])].sum(), 0.25)
+    assert np.isclose(src.share[: len(src.datasets[0])].sum(), 0.25)
     seen = {n for b, _ in zip(train_loader_factory(r, src, tgt)(0), range(8)) for n in b.src.name}
-    assert any('town' in n for n in seen) and len(tgt.folders) == 2
+    assert any('town' in n for n in seen) and len(tgt.datasets) == 2
     oracle = open_datasets(replace(r, method='oracle'), tmp_path)[0]
-    assert [f.spec.name for f in oracle.folders] == [
+    assert [f.spec.name for f in oracle.datasets] == [
         'demo_target',
         'camvid',
     ] and oracle.labels is not None

@@ -1,4 +1,4 @@
-"Weight files: opened without running code, unwrapped where it is clear what is meant, compared by name; each failure names the file and a remedy"
+"Weight files are opened without running code, unwrapped and compared; errors name the file and a remedy"
 
 import builtins
 import io
@@ -44,10 +44,13 @@ def state():
 
 
 def test_every_ending_is_read_and_no_other(tmp_path, state):
-    for e in WEIGHT_SUFFIXES:
-        (save_file if e == '.safetensors' else torch.save)(dict(state), tmp_path / f'w{e}')
-        got, meta = load_state_dict_file(tmp_path / f'w{e}')
-        assert same({k: got[k] for k in state}, state) and len(got) == len(state) and meta == {}, e
+    for suffix in WEIGHT_SUFFIXES:
+        path = tmp_path / f'w{suffix}'
+        save = save_file if suffix == '.safetensors' else torch.save
+        save(dict(state), path)
+        got, meta = load_state_dict_file(path)
+        assert same({k: got[k] for k in state}, state), suffix
+        assert len(got) == len(state) and meta == {}, suffix
     assert load_state_dict_file(str(tmp_path / 'w.pth'))[0].keys() == state.keys()
     (tmp_path / 'w.pth').rename(tmp_path / 'w.zip')
     with pytest.raises(
@@ -64,8 +67,8 @@ def test_missing_files_and_folders(tmp_path):
 
 
 @pytest.mark.parametrize('name', ['w.pth', 'w.safetensors'])
-def test_a_file_of_somebody_else(tmp_path, monkeypatch, name):
-    "root may read everything, so the refusal is played where it would come from"
+def test_a_file_of_another_user(tmp_path, monkeypatch, name):
+    "root may read everything, so `open` is replaced by a function that refuses"
     (tmp_path / name).write_bytes(b'PK')
     real = open
 
@@ -79,7 +82,7 @@ def test_a_file_of_somebody_else(tmp_path, monkeypatch, name):
         load_state_dict_file(tmp_path / name)
 
 
-def test_a_folder_of_somebody_else(tmp_path):
+def test_a_folder_of_another_user(tmp_path):
     if os.geteuid() == 0:
         pytest.skip('root may read everything')
     (tmp_path / 'shut').mkdir()

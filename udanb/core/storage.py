@@ -13,15 +13,13 @@ from pathlib import Path
 
 # %% ../../nbs/core/02_storage.ipynb #b1848381
 def atomic_write(
-    path,  # the final name
+    path,  # the final name; missing folders are made
     write,  # bytes, str, or a function that gets the temporary `Path` and writes it
-) -> Path:
-    "Write a file so that it is whole or absent, never half"
+) -> Path:  # the final name
+    "Write a file that is either complete or absent"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(
-        f'.{path.stem}.{os.getpid()}.part{path.suffix}'
-    )  # keeps the suffix: writers choose formats by it
+    tmp = path.with_name(f'.{path.stem}.{os.getpid()}.part{path.suffix}')
     try:
         if callable(write):
             write(tmp)
@@ -35,22 +33,30 @@ def atomic_write(
     return path
 
 
-def write_json(path, obj):
-    "Write JSON, whole or not at all; what JSON does not know is written as text"
+def write_json(
+    path,  # the final name
+    obj,  # dicts, lists, strings, numbers; other values are written as their `str`
+) -> Path:  # the final name
+    "Write a JSON file atomically"
     return atomic_write(path, json.dumps(obj, indent=1, default=str) + '\n')
 
 
-def read_json(path):
-    "What a JSON file holds"
+def read_json(
+    path,  # of a JSON file
+):
+    "The value of a JSON file; raises `FileNotFoundError` if it is missing, `ValueError` if damaged"
     return json.loads(Path(path).read_text())
 
 # %% ../../nbs/core/02_storage.ipynb #d775474c
 def read_jsonl(
-    path,  # of a file; it may be missing
-) -> list:  # rows, in the order of the file
-    "Rows of a JSON-lines file; lines that are not JSON (a process died while writing) are dropped"
-    path, rows = Path(path), []
-    for line in path.read_bytes().split(b'\n') if path.exists() else ():
+    path,  # of a JSON-lines file
+) -> list:  # values of the lines in their order; empty if there is no file
+    "Read a JSON-lines file without the lines that are not JSON"
+    path = Path(path)
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_bytes().split(b'\n'):
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -60,38 +66,38 @@ def read_jsonl(
 
 def open_jsonl(
     path,  # of a file in a folder that exists
-):  # a binary file; write whole lines and flush
-    "Returns the file opened for appending; a half-written last line is ended first. Raises `OSError` if it cannot be"
+):
+    "A binary file, opened for appending, its incomplete last line ended; raises `OSError`"
     file = open(path, 'ab+')
     file.seek(max(0, file.tell() - 1))
-    if file.read(1) not in (b'', b'\n'):
+    last = file.read(1)
+    if last not in (b'', b'\n'):
         file.write(b'\n')
     return file
 
 # %% ../../nbs/core/02_storage.ipynb #d3c8b0c4
 def hash_file(
     path,  # of a file
-) -> str:  # 64 hex digits
-    "SHA-256 of a file's bytes; raises `OSError` if it cannot be read"
+) -> str:  # 64 hexadecimal digits
+    "SHA-256 of the bytes of a file; raises `OSError` if it cannot be read"
     with open(path, 'rb') as f:
         return hashlib.file_digest(f, 'sha256').hexdigest()
 
 
 def hash_json(
     value,  # made of dicts, lists, strings and numbers
-) -> str:  # 64 hex digits
-    "SHA-256 of a value as sorted JSON, the same in every process"
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+) -> str:  # 64 hexadecimal digits, the same in every process
+    "SHA-256 of a value as JSON with sorted keys; raises `TypeError` for other types"
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 # %% ../../nbs/core/02_storage.ipynb #5ded6f24
 def format_difference(
     old,  # dict of the record on disk, or None
     new,  # dict of what is wanted now, or None
 ) -> str:  # such as `steps: 4 there, 5 here; lr: 0.1 there, 0.2 here`; empty if they are equal
-    "The fields in which two records differ, with both values"
-    old, new = old or {}, new or {}
-    return '; '.join(
-        f'{key}: {old.get(key)} there, {new.get(key)} here'
-        for key in {**new, **old}
-        if old.get(key) != new.get(key)
-    )
+    "List the fields in which two records differ, with both values"
+    old = old or {}
+    new = new or {}
+    differing = [key for key in {**new, **old} if old.get(key) != new.get(key)]
+    return '; '.join(f'{key}: {old.get(key)} there, {new.get(key)} here' for key in differing)

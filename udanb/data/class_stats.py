@@ -292,9 +292,9 @@ def class_stats(
     skip_broken=False,  # True: broken labels get no counts, and `dataset.skipped` has the reasons
 ) -> list:  # for each image (its name, {class of `dataset.space`: pixels})
     "Pixels of each class in each label of a dataset"
-    if hasattr(dataset, 'folders'):
+    if hasattr(dataset, 'datasets'):
         counts = []
-        for part in dataset.folders:
+        for part in dataset.datasets:
             counts += [n for _, n in class_stats(part, cache, workers, quiet, skip_broken)]
         return list(zip(dataset.names, counts, strict=True))
     broken = {} if skip_broken else None
