@@ -176,7 +176,7 @@ def _estimating(net):
         for m, training in modes:
             m.training = training
 
-
+# %% ../../nbs/checkpoints/01_averaging.ipynb #f9771edd
 def update_bn(
     net: nn.Module,  # keeps its mode and momentum
     batches,  # (B,3,H,W) tensors, `Sample`s, or tuples that begin with one

@@ -123,7 +123,7 @@ def selection_table(
     tab = tab.assign(mIoU=pd.Series(mious, dtype=float))
     return tab.sort_values('mIoU', ascending=False, kind='stable')
 
-
+# %% ../../nbs/inference/04_label_free.ipynb #6a1d80ed
 def _correlate(score, miou):
     "A row of `rank_correlation` for one score, of which more is better"
     varied = score.nunique() > 1 and miou.nunique() > 1
@@ -141,7 +141,9 @@ def rank_correlation(
     scores: dict,  # run -> {score: value}, see `label_free`; at least 3 runs
     mious: dict,  # run -> mIoU in %
     better=SCORE_DIRECTION,  # score -> 1 if higher is better, -1 if lower is
-) -> pd.DataFrame:  # a row per score: rho in [-1,1] (NaN if all runs tie), chosen run, its mIoU, mIoU lost, number of runs
+) -> (
+    pd.DataFrame
+):  # a row per score: rho in [-1,1] or NaN, chosen run, its mIoU, mIoU lost, number of runs
     "Spearman's correlation of each score with mIoU; fewer than 3 runs and missing values raise `ValueError`"
     tab = selection_table(scores, mious).loc[list(scores)]
     if len(tab) < 3:

@@ -55,7 +55,8 @@ def _flat(
     device,
 ) -> Tensor:  # flat uint8, on `device`
     "Check that these are class indices"
-    if isinstance(x, np.ndarray):  # torch needs a writable array without negative strides, of a type it has
+    if isinstance(x, np.ndarray):
+        # torch needs a writable array without negative strides, of a type it has
         wide = x.dtype.kind in 'iu' and x.dtype != np.uint8
         x = torch.from_numpy(np.require(x, np.int64 if wide else x.dtype, 'CW'))
     x = x.to(device)
@@ -201,7 +202,9 @@ def iou_dict(
 
 def comparison_table(
     runs: dict,  # name -> {class: IoU in %, or None}; the first is the reference
-) -> pd.DataFrame:  # a row per class, mIoU last; a column per run, then the differences to the first
+) -> (
+    pd.DataFrame
+):  # a row per class, mIoU last; a column per run, then the differences to the first
     "Scores of several runs and their differences"
     tab = pd.DataFrame(runs, dtype=float)
     tab.loc['mIoU'] = tab.mean()

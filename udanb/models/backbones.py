@@ -120,7 +120,7 @@ BACKBONES = (
     | {k: TimmEncoder for k in TIMM_ENCODERS}
 )  # name -> function(name, drop_path, **kw)
 
-
+# %% ../../nbs/models/04_backbones.ipynb #a75216ac
 class Backbone(nn.Module):
     "An encoder with four output maps"
 

@@ -80,7 +80,7 @@ FUSIONS = dict(
     sepaspp=ASPP, aspp=partial(ASPP, separable=False), conv1=ConvBN
 )  # name -> class(channels in, channels out)
 
-
+# %% ../../nbs/models/05_heads.ipynb #91b43764
 class DAFormerHead(nn.Module):
     "Context-aware fusion of four maps (DAFormer, section 3.2)"
 
@@ -293,7 +293,7 @@ class DLV2Head(nn.Module):
     ) -> tuple:  # logits (B,n_classes,h_3,w_3), fused = the last map
         return sum(m['conv'](feats[-1]) for m in self.aspp_modules), feats[-1]
 
-
+# %% ../../nbs/models/05_heads.ipynb #57dd3bfe
 class DLV2AdapterHead(nn.Module):
     "Dilated convolutions on the last map, stacked, with an embedding of `ch` channels (DDB)"
 

@@ -214,9 +214,7 @@ def _remedy(state, net, path):
             f"weights='{path}'), or load it into `net.backbone`."
         )
     if not kind:
-        return (
-            'Nothing in it is recognised; use a file of DAFormer, HRDA, MIC, DIDA, DDB or SegFormer.'
-        )
+        return 'Nothing in it is recognised; use a file of DAFormer, HRDA, MIC, DIDA, DDB or SegFormer.'
     return f'The file looks like {_call(kind)}; build that network.'
 
 # %% ../../nbs/models/08_released.ipynb #d207413e
