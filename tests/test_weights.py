@@ -211,7 +211,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, nets, monkeypatch):
         p.write_bytes(blob[:100])
         raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr('udanb.checkpoints.weights._write', full)
+    monkeypatch.setattr('udanb.checkpoints.weights._write_sorted', full)
     with pytest.raises(OSError, match='No space'):
         save_weights(f, nets[1])
     assert f.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ['m.safetensors']
@@ -485,7 +485,7 @@ def test_adding_leaves_the_members_alone(nets):
         ),
         (
             lambda s: s.update({'2.weight': s['2.weight'] * torch.nan}),
-            'NaN in 2.weight; was it a run that diverged',
+            'NaN in 2.weight; its run probably diverged',
         ),
     ],
 )
