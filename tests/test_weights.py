@@ -567,7 +567,7 @@ def test_memory_does_not_grow_with_the_number_of_files(tmp_path):
         for i in range(2)
     ]
     code = '''import resource, sys
-from udanb.checkpoints.weights import average, greedy_soup
+from udanb.checkpoints.averaging import average, greedy_soup
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss>>10
 ways = average, lambda fs: greedy_soup(fs, lambda s: 1.)[0]
 print([(float(way(sys.argv[1:]*k)['w'].mean()), peak()) for way in ways for k in (1,8)])'''
