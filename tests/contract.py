@@ -28,7 +28,7 @@ def made(new, channels, n=5, dim=8, seed=0):
 
 
 def check_shapes_and_gradients(new, channels, grids, level, used):
-    "Forward and backward in training mode; `level` = which map's grid the logits have, `used` = maps that get a gradient"
+    "Forward and backward in training mode; `level`: which map's grid the logits have, `used`: maps with a gradient"
     head, fs = made(new, channels), maps(channels, grids)
     logits, fused, *aux = head(fs)
     assert (

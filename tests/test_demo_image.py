@@ -49,7 +49,7 @@ def notebook(**params):
 
 @pytest.fixture(scope='module')
 def world(tmp_path_factory):
-    "A run's folder with an untrained network, a released file of the same network, and photos of three sizes, one in a folder below"
+    "A run's folder with an untrained network, a released file of it, and photos of three sizes, one in a subfolder"
     root = tmp_path_factory.mktemp('world')
     seed_all(0)
     r, net = (
@@ -270,7 +270,7 @@ def test_bad_input_is_named(world, tmp_path, monkeypatch):
         weights=str(tmp_path / 'nothing'),
     )
     fails(FileNotFoundError, 'empty is not the folder of a run', weights=str(tmp_path / 'empty'))
-    fails(ValueError, 'tells 19 classes apart, camvid11 has 11', space='camvid11')
+    fails(ValueError, 'predicts 19 classes, camvid11 has 11', space='camvid11')
     fails(ValueError, "did you mean 'camvid11'", space='camvid')
     fails(ValueError, 'give `images`', weights=str(world / 'daformer.pth'), images=None)
     fails(
@@ -291,7 +291,7 @@ def test_bad_input_is_named(world, tmp_path, monkeypatch):
     )
     fails(
         ValueError,
-        'tells 7 classes apart, and no label space of ours is theirs; give `space`',
+        'predicts 7 classes, which is no known label space; give `space`',
         weights=str(tmp_path / 'seven.pth'),
     )
     assert not (tmp_path / 'out').exists()

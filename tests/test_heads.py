@@ -23,7 +23,7 @@ from udanb.models.heads import (
     SegFormerHead,
     UPerHead,
 )
-from udanb.models.layers import dilated_depthwise_conv
+from udanb.models.cpu_kernels import dilated_depthwise_conv
 from udanb.models.segmentor import AuxiliaryLoss
 from udanb.training.losses import WeightedCrossEntropy
 
@@ -113,9 +113,8 @@ def literal(head, feats):
 def test_equals_a_literal_reading(name, train, double, monkeypatch):
     "In float64 to rounding: outputs, gradients of maps and weights, running statistics. In float32 outputs to 1e-5"
     if double:
-        monkeypatch.setattr(
-            heads, '_cpu32', lambda maps, bn: True
-        )  # the quick way is for float32 only: take it nevertheless
+        # the CPU kernels are for float32 only: use them nevertheless
+        monkeypatch.setattr(heads, 'use_cpu_kernels', lambda maps, bn: True)
     seed_all(0)
     dtype = torch.double if double else torch.float32
     head = HEADS[name]((4, 6, 10, 16), 5, dim=16).to(dtype).train(train)
@@ -141,7 +140,7 @@ def test_equals_a_literal_reading(name, train, double, monkeypatch):
 
 
 def test_float32_gradients_with_a_smooth_activation(monkeypatch):
-    "ReLU's kink turns rounding into whole gradients, in the literal reading as well; with softplus in its place float32 agrees"
+    "ReLU's kink turns rounding into whole gradients, in the reference too; with softplus in its place float32 agrees"
     monkeypatch.setattr(F, 'relu_', F.softplus)
     seed_all(0)
     head = DAFormerHead((4, 6, 10, 16), 5, dim=16, dropout=0.0)

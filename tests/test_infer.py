@@ -18,7 +18,8 @@ from udanb.core.types import IGNORE, Sample, SegOutput, normalize
 from udanb.core.utils import eval_mode, seed_all, stable_repr
 from udanb.inference.folder import list_images, predict_folder
 from udanb.inference.metrics import ConfusionMatrix
-from udanb.inference.predict import evaluate, predict, sliding_logits, sliding_windows, whole_logits
+from udanb.inference.predict import evaluate, predict, sliding_logits, whole_logits
+from udanb.core.utils import sliding_windows
 
 SPACE = LabelSpace(
     'four',
@@ -229,7 +230,7 @@ def test_evaluate_errors(net):
     ok = list(make_loader(1))
     with pytest.raises(ValueError, match='loader is empty'):
         evaluate(net, [], ConfusionMatrix(4), quiet=True)
-    with pytest.raises(ValueError, match='4 classes apart, 11 are expected'):
+    with pytest.raises(ValueError, match='predicts 4 classes, the label space has 11'):
         evaluate(net, ok, ConfusionMatrix(11), quiet=True)
     with pytest.raises(ValueError, match='needs crop'):
         evaluate(net, ok, ConfusionMatrix(4), mode='slide', quiet=True)
@@ -247,7 +248,7 @@ def test_evaluate_errors(net):
 
 
 def test_a_function_as_mode(net, tmp_path):
-    "A function that does what a named mode does gives the same; its record repeats in another process, and it cuts its own windows"
+    "A function equal to a named mode gives the same; its record repeats in another process; it cuts its own windows"
     net.eval()
 
     def by(**kw):
@@ -401,7 +402,7 @@ def test_folder_with_a_missing_file(tmp_path, net, kind):
 
 
 def test_folder_leaves_out_what_cannot_be_read(tmp_path, net):
-    "One cut, one a folder of that name: named with reasons that do not depend on the place, made when they are whole again"
+    "One truncated, one a folder: named with reasons that do not depend on the place, predicted once they are repaired"
     for i in range(4):
         photo(tmp_path / 'in' / 'day' / f'{i}.png', i)
     bad, whole_file = (
@@ -515,7 +516,7 @@ def test_folder_errors(tmp_path, net):
     with pytest.raises(ValueError, match='no images'):
         predict_folder(net, [], tmp_path / 'out', SPACE, quiet=True)
     photo(tmp_path / 'in' / 'a.png')
-    with pytest.raises(ValueError, match='4 classes apart, 11'):
+    with pytest.raises(ValueError, match='predicts 4 classes, the label space has 11'):
         predict_folder(net, tmp_path / 'in', tmp_path / 'out', CAMVID11, quiet=True)
     photo(tmp_path / 'in' / 'a.jpg')
     with pytest.raises(ValueError, match='would both be written'):

@@ -14,7 +14,7 @@ from sklearn.metrics import balanced_accuracy_score, confusion_matrix, jaccard_s
 
 from udanb.core.labels import CAMVID11, CITYSCAPES19, SYNTHIA16
 from udanb.core.types import IGNORE
-from udanb.inference.metrics import ConfusionMatrix, _pairs, _slots, iou_dict, miou_table
+from udanb.inference.metrics import ConfusionMatrix, _pairs, _slots, comparison_table, iou_dict
 
 GOLDEN = Path(__file__).parent / 'golden'
 spec = importlib.util.spec_from_file_location('golden_rules', GOLDEN / 'rules.py')
@@ -127,8 +127,7 @@ def test_streaming_equals_at_once():
         *(np.concatenate([m[k].ravel() for m in maps]) for k in (0, 1))
     )
     total = parts[0] + parts[1] + parts[2] + parts[3]
-    back = ConfusionMatrix.from_state(json.loads(json.dumps(total.state())))
-    for c in (flat, total, back):
+    for c in (flat, total):
         assert c.mat.equal(one.mat)
 
 
@@ -213,7 +212,7 @@ def test_tables():
         k: ConfusionMatrix(11).update(*random_maps(i, 11))
         for i, k in enumerate(('source', 'dacs', 'daformer'))
     }
-    tab = miou_table(runs, CAMVID11)
+    tab = comparison_table({k: iou_dict(c, CAMVID11) for k, c in runs.items()})
     assert list(tab) == ['source', 'dacs', 'daformer', 'Δ dacs', 'Δ daformer'] and list(
         tab.index
     ) == [*CAMVID11.classes, 'mIoU']
@@ -221,7 +220,7 @@ def test_tables():
     np.testing.assert_allclose(tab.loc['mIoU', 'dacs'], 100 * runs['dacs'].miou(), atol=1e-4)
     assert tab.loc['sky', 'dacs'] == pytest.approx(iou_dict(runs['dacs'], CAMVID11)['sky'])
     with pytest.raises(ValueError, match='11 classes were counted, cityscapes19 has 19'):
-        miou_table(runs, CITYSCAPES19)
+        iou_dict(runs['dacs'], CITYSCAPES19)
 
 
 def test_a_cityscapes_map_is_counted_quickly():

@@ -18,17 +18,13 @@ GOLDEN = Path(__file__).parent / 'golden'
 sys.path.insert(0, str(GOLDEN))
 import rules
 
-from udanb.core.state_dicts import load_state_dict_file
+from udanb.core.state_dicts import load_state_dict_file, load_strict
 from udanb.core.types import IMAGENET_MEAN, IMAGENET_STD
 from udanb.core.utils import seed_all
-from udanb.models.backbones import (
-    convert_efficientnet_lite_names,
-    create_backbone,
-    find_pretrained_file,
-    load_strict,
-)
+from udanb.models.backbones import create_backbone
 from udanb.models.heads import DAFormerHead
-from udanb.models.released import from_published, published_keys, to_published
+from udanb.models.pretrained import convert_efficientnet_lite_names, find_pretrained_file
+from udanb.models.released import published_keys, to_published
 from udanb.models.segmentor import create_segmentor, param_groups
 
 LITE = 'tf_efficientnet_lite0'
@@ -209,7 +205,7 @@ def head_literal(w, feats, train):
 def test_mit_and_head_equal_a_literal_reading(train, size):
     net = create_segmentor('mit_b0', 19, dim=32).double()
     w = {k: v.double() if v.is_floating_point() else v for k, v in published_weights(net).items()}
-    load_strict(net, from_published(net, w), 'rules.py')
+    load_strict(net, w, 'rules.py', published_keys(net))
     net.train(train)
     for m in net.modules():
         if isinstance(m, (DropPath, nn.Dropout, nn.Dropout2d)):

@@ -1,4 +1,4 @@
-"Released checkpoints: state dicts in the published names, built here from the recorded names and the repositories' module names"
+"Released checkpoints: state dicts in the published names, built from the recorded names and the repositories' modules"
 
 import gzip
 import json
@@ -199,7 +199,7 @@ def test_left_over_missing_and_other_shapes(b0, tmp_path):
     )
     assert (
         "19x256x1x1 in the file, 11x256x1x1 in the network" in say
-        and "create_segmentor('mit_b0', 19, 'daformer', dim=256, ch=256); build that" in say
+        and "create_segmentor('mit_b0', 19, 'daformer', dim=256, ch=256); build that network" in say
     )
     say = unchanged(create_segmentor('mit_b1', 19), f, 'does not fit')
     assert "looks like create_segmentor('mit_b0'" in say and '…' in say

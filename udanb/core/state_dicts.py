@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WEIGHT_SUFFIXES', 'NETWORK_PREFIXES', 'check_weights_path', 'load_torch_file', 'read_safetensors',
            'extract_state_dict', 'load_state_dict_file', 'split_by_network', 'select_network', 'compare_state_dicts',
-           'format_key_diff', 'weights_hash']
+           'format_key_diff', 'load_strict', 'weights_hash']
 
 # %% ../../nbs/core/05_state_dicts.ipynb #f6be5f9e
 import hashlib
@@ -263,6 +263,24 @@ def format_key_diff(
         more = ', …' if len(names) > most else ''
         lines.append(f"{len(names)} {kind}: {', '.join(names[:most])}{more}")
     return lines
+
+# %% ../../nbs/core/05_state_dicts.ipynb #2824091f
+def load_strict(
+    net: nn.Module,  # the network to fill, on any device
+    state: dict,  # name -> tensor
+    what,  # where the tensors come from, a path for example; begins the message
+    names: dict = None,  # name in `net` -> name in `state`; None = the same names
+    remedy='',  # what to do about a state that does not fit; ends the message
+) -> nn.Module:  # `net`
+    "Load every tensor or none; `ValueError` lists missing, unexpected and mismatching names"
+    own = net.state_dict()
+    names = names or {k: k for k in own}
+    diff = compare_state_dicts({names[k]: v for k, v in own.items()}, state)
+    if diff:
+        head = f'{what} does not fit the network; nothing was loaded.'
+        raise ValueError('\n  '.join([head, *format_key_diff(diff), *filter(None, [remedy])]))
+    nn.Module.load_state_dict(net, {k: state[n] for k, n in names.items()})  # smp's own drops keys
+    return net
 
 # %% ../../nbs/core/05_state_dicts.ipynb #4165f019
 def weights_hash(

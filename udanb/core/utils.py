@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['seed_all', 'project_root', 'resolve', 'lookup', 'progress_bar', 'eval_mode', 'module_device', 'resize_map',
-           'stable_repr', 'read_error_message', 'warn_skipped']
+           'stable_repr', 'read_error_message', 'warn_skipped', 'sliding_windows']
 
 # %% ../../nbs/core/01_utils.ipynb #f64d8b9a
 import difflib
@@ -156,3 +156,29 @@ def warn_skipped(
         f'{len(skipped)} of {total} images could not be read and were left out (skip_broken): '
         f'{names}; {where} says why'
     )
+
+# %% ../../nbs/core/01_utils.ipynb #582becee
+def _window_starts(n, crop, stride, multiple_of):
+    "First pixels of the windows along one side of `n` pixels"
+    if stride is None:
+        stride = max(crop // 2 // multiple_of, 1) * multiple_of
+    if not 0 < stride <= crop:
+        raise ValueError(
+            f'stride {stride} does not cover the image with windows of {crop} pixels; '
+            f'choose a stride from 1 to {crop}'
+        )
+    count = -(-max(n - crop, 0) // stride) + 1
+    return [max(min(i * stride, n - crop), 0) for i in range(count)]
+
+
+def sliding_windows(
+    size,  # (H,W) of the image
+    crop,  # window: pixels, or (h,w)
+    stride=None,  # from window to window: pixels, or (y,x); None = half a window
+    multiple_of=1,  # the stride of None is rounded down to a multiple of it
+) -> list:  # of (top,left), row by row
+    "Corners of windows that cover the image; a stride that would leave gaps raises `ValueError`"
+    crops = (crop, crop) if isinstance(crop, int) else crop
+    strides = stride if isinstance(stride, (tuple, list)) else (stride, stride)
+    ys, xs = (_window_starts(n, c, s, multiple_of) for n, c, s in zip(size, crops, strides))
+    return [(y, x) for y in ys for x in xs]

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 from fastcore.basics import patch
 
-from . import objects  # adds its methods to `Street`
 from udanb.demo.geometry import (
     BUILDING,
     FENCE,

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.types import IGNORE, Sample, SegOutput
-from ..core.utils import resize_map
-from ..inference.predict import sliding_windows
+from ..core.utils import resize_map, sliding_windows
 from ..training.trainer import Method
 
 # %% ../../nbs/methods/04_cluda.ipynb #6fac236f
