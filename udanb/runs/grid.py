@@ -26,7 +26,7 @@ from ..core.utils import lookup, progress_bar, project_root, resolve
 from ..data.pairs import as_tuple
 from ..inference.label_free import SCORE_DIRECTION, rank_correlation
 from .presets import make_recipe
-from .recipe import Recipe, from_json, recipe_dict
+from .recipe import Recipe, from_json, parse_overrides, recipe_dict
 from .results import run_name
 
 # %% ../../nbs/runs/07_grid.ipynb #65a03166
@@ -45,7 +45,9 @@ class RunSpec:
 
     @property
     def pair(self) -> str:
-        return '→'.join('+'.join(as_tuple(x)) for x in (self.recipe.source, self.recipe.target))
+        return '→'.join(
+            '+'.join(as_tuple(x)) for x in (self.recipe.data.source, self.recipe.data.target)
+        )
 
     @property
     def out(self) -> Path:
@@ -80,7 +82,7 @@ NOTEBOOK_PARAMETERS = (
     'datasets',
     'skip_broken',
     'out',
-    'over',
+    'overrides',
 )  # parameters of train_uda.ipynb
 
 
@@ -96,7 +98,7 @@ def _job(p: dict, label, folder) -> RunSpec:
         p.get('recipe') or 'daformer',
         p['source'],
         p.get('target'),
-        p['over'],
+        p['overrides'],
         **{k: p.get(k) for k in ('backbone', 'steps', 'seed', 'datasets', 'skip_broken')},
     )
     job = RunSpec(label, r, p, folder)
@@ -118,11 +120,15 @@ def make_grid(
     cells = files or [(r, dict(recipe=r, source=s, target=t)) for s, t in pairs for r in recipes]
     more = dict(data_root=data_root) if data_root else {}
 
+    def without_over(p):
+        return {k: v for k, v in p.items() if k != 'over'}
+
     def fields(p):
-        return dict(before=False) | (p.get('over') or {}) | dict(over)
+        given = p.get('overrides') or p.get('over') or {}
+        return dict(run_baseline=False) | parse_overrides(given) | parse_overrides(over)
 
     jobs = [
-        _job(p | more | dict(seed=s, over=fields(p)), label, resolve(folder))
+        _job(without_over(p) | more | dict(seed=s, overrides=fields(p)), label, resolve(folder))
         for label, p in cells
         for s in seeds
     ]
@@ -281,11 +287,11 @@ def run_grid(
         j.file('failed').unlink(missing_ok=True)
 
     def did():
-        return sum(min(j.steps(), j.recipe.steps) for j in jobs)
+        return sum(min(j.steps(), j.recipe.optim.steps) for j in jobs)
 
     with progress_bar(
         desc=jobs[0].folder.name,
-        total=sum(j.recipe.steps for j in jobs),
+        total=sum(j.recipe.optim.steps for j in jobs),
         initial=did(),
         quiet=quiet,
     ) as bar:
@@ -305,7 +311,7 @@ def run_grid(
                 bad = [j for j in jobs if j.file('failed').exists()]
                 bar.n, bar.total = (
                     did(),
-                    sum(j.steps() if j in bad else j.recipe.steps for j in jobs),
+                    sum(j.steps() if j in bad else j.recipe.optim.steps for j in jobs),
                 )
                 bar.set_postfix_str(
                     f'{sum(j.done() for j in jobs)}/{len(jobs)} runs, {len(bad)} failed'

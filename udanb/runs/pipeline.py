@@ -19,7 +19,8 @@ from ..core.state_dicts import load_torch_file
 from ..core.storage import atomic_write, read_json, write_json
 from ..core.utils import resolve
 from .provenance import input_hashes
-from .recipe import Recipe, recipe_dict
+from .recipe import Recipe, recipe_dict, upgrade_recipe_dict
+from .results import legacy_recipe_dict
 from .run import train_run
 from udanb.runs.stamps import (
     MISSING_LIST,
@@ -148,14 +149,14 @@ def prepare_run_folder(
         )
     )
     it = (_read_or_none(load_torch_file, ckpt) or {}).get('it', 0)
-    steps = [row['it'] for row in _read_or_none(read_log, log, r.steps) or ()]
+    steps = [row['it'] for row in _read_or_none(read_log, log, r.optim.steps) or ()]
     if steps[:it] != [*range(1, it + 1)]:
         _unlink(ckpt, log)
-    if steps != [*range(1, r.steps + 1)] or not _read_or_none(load_weights, weights):
+    if steps != [*range(1, r.optim.steps + 1)] or not _read_or_none(load_weights, weights):
         _unlink(weights)
     ends = (
-        [e for e in cycle_ends(r.steps, r.cycles) if e <= it or weights.exists()]
-        if r.cycles
+        [e for e in cycle_ends(r.optim.steps, r.optim.swa_cycles) if e <= it or weights.exists()]
+        if r.optim.swa_cycles
         else ()
     )
     if not all(
@@ -167,7 +168,7 @@ def prepare_run_folder(
     if (
         not weights.exists()
         or not _read_or_none(read_json, results)
-        or r.cycles
+        or r.optim.swa_cycles
         and not _read_or_none(load_weights, average)
     ):
         _unlink(results)
@@ -197,6 +198,7 @@ def update_input_paths(
     paths = {k for k in new if new[k] != settings[k]}
 
     def stale(old):
+        old = upgrade_recipe_dict(old) if isinstance(old, dict) else old
         return (
             isinstance(old, dict)
             and old != new
@@ -235,7 +237,8 @@ def train(
         train_run(r, data_root, folder, self.quiet)
         return read_json(folder / 'metrics.json')
 
-    return self.stage(name, do, settings, inputs)
+    keyed = replace_input_paths(legacy_recipe_dict(r), inputs)  # earlier stages are found again
+    return self.stage(name, do, keyed, inputs)
 
 # %% ../../nbs/runs/09_pipeline.ipynb #9e303a79
 @patch

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'PAIR_PRESETS', 'HRDA_PRESETS', 'RENAMED_PARAMETERS', 'pair_fields', 'parse_numbers', 'make_recipe',
-           'validate_recipe', 'changed_fields', 'check_papermill_parameters']
+           'validate_recipe', 'changed_fields', 'recipe_table', 'check_papermill_parameters']
 
 # %% ../../nbs/runs/01_presets.ipynb #4f947b9e
 import ast
@@ -271,6 +271,15 @@ def changed_fields(
     values = {name: dict(preset=repr(other[name]), here=repr(mine[name])) for name in names}
     table = pd.DataFrame(values, index=['preset', 'here']).T.rename_axis('field')
     return table.join(field_table()[['unit', 'meaning']])
+
+
+def recipe_table(
+    recipe: Recipe,
+) -> pd.DataFrame:  # a row per field: section, value, unit, meaning
+    "All fields of a recipe with their values and meanings"
+    values = {name: repr(value) for name, value in flat_fields(recipe).items()}
+    table = field_table().rename(columns=dict(default='value'))
+    return table.assign(value=pd.Series(values))
 
 # %% ../../nbs/runs/01_presets.ipynb #59b34294
 RENAMED_PARAMETERS = dict(over='overrides')  # old name -> name

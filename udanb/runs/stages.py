@@ -22,13 +22,8 @@ from ..data.pseudo_labels import pseudo_stats
 from ..data.transforms import EvalTransform, resize_keep_ratio, to_sample
 from ..inference.export_labels import export_pseudo
 from ..methods.prototypes import Ensemble, find_prototypes, load_prototypes, save_prototypes
-from udanb.runs.build import (
-    datasets_of,
-    eval_image_size,
-    make_evaluator,
-    open_datasets,
-    open_targets,
-)
+from .build import make_evaluator
+from .datasets import datasets_of, eval_image_size, open_datasets, open_targets
 from .pipeline import Pipeline
 from .provenance import checkpoint_metadata
 from .recipe import Recipe, from_json, pair_of, recipe_dict
@@ -61,7 +56,7 @@ def readable_subset(
 ):  # the folder, without images that cannot be read if the run leaves such out; they are in `skipped`
     "What of a folder a stage goes through"
     bad = {}
-    for i, n in enumerate(folder.names if r.skip_broken else ()):
+    for i, n in enumerate(folder.names if r.data.skip_broken else ()):
         try:
             folder.image(i)
         except READ_ERRORS as e:
@@ -112,7 +107,7 @@ def pseudo_label_stage(
             threshold=threshold,
             confidence=confidence,
             recipe=_image_settings(r),
-            limit=r.limit,
+            limit=r.data.max_images,
         ),
         dict(weights=weights_of(run)),
     )
@@ -179,7 +174,7 @@ def soup_stage(
     return pipe.stage(
         name,
         do,
-        dict(weights=weights, look=_image_settings(r), limit=r.limit),
+        dict(weights=weights, look=_image_settings(r), limit=r.data.max_images),
         {f'member{i}': weights_of(m) for i, m in enumerate(runs)},
     )
 
@@ -206,7 +201,10 @@ def prototype_stage(
         return dict(count=dict(zip(pair_of(r).space.classes, protos.count.tolist())))
 
     return pipe.stage(
-        name, do, dict(look=_image_settings(r), limit=r.limit), dict(weights=weights_of(run))
+        name,
+        do,
+        dict(look=_image_settings(r), limit=r.data.max_images),
+        dict(weights=weights_of(run)),
     )
 
 # %% ../../nbs/runs/10_stages.ipynb #838881f9
@@ -254,7 +252,8 @@ def ensemble_stage(
     return pipe.stage(
         name,
         do,
-        dict(look=_image_settings(r), limit=r.limit) | (dict(parity=True) if r.parity else {}),
+        dict(look=_image_settings(r), limit=r.data.max_images)
+        | (dict(parity=True) if r.parity else {}),
         files,
     )
 
