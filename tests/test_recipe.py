@@ -61,8 +61,9 @@ def recipe_of_row(row):
         return make_recipe(*row['args'], overrides=row['kw'].get('over', {}), **more)
     given = yaml.safe_load((ROOT / 'params' / f'{row["params"]}.yaml').read_text())
     parameters = {k: given.get(k) for k in ('backbone', 'steps', 'seed', 'datasets')}
-    name, source, target = given.get('recipe', 'daformer'), given['source'], given.get('target')
-    return make_recipe(name, source, target, given.get('overrides', {}), **parameters)
+    overrides = given.get('overrides', {})
+    name = given.get('recipe', 'daformer')
+    return make_recipe(name, given['source'], given.get('target'), overrides, **parameters)
 
 
 @pytest.mark.filterwarnings('ignore::FutureWarning')

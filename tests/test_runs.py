@@ -219,7 +219,7 @@ def test_class_that_never_occurs_with_rcs(data, tmp_path):
 
 
 def test_demo_read_as_gta_and_cityscapes(data, tmp_path):
-    "The pair gta → cityscapes on the demo's files: the very specs and code that read the published datasets, margins included"
+    "The pair gta → cityscapes on the demo's files: the specs and code of the published datasets, with margins"
     r = make_recipe('daformer', 'gta', overrides=TINY)
     src, tgt, vals = open_datasets(r, data / 'demo')
     assert list(vals) == ['cityscapes']
@@ -283,7 +283,7 @@ def test_two_sources_and_two_targets(data, tmp_path):
 
 
 def test_broken_files_are_skipped_and_reported(tmp_path):
-    "A cut image, a label of another size and one with foreign numbers: an error each; with skip_broken the run ends and names them"
+    "A cut image, a label of another size, one with foreign numbers: errors; with skip_broken the run names them"
     write_demo(tmp_path / 'demo', n_source=6, n_target=4, n_val=3, size=(64, 128))
     bad = [
         sorted((tmp_path / 'demo').glob(g))[k]
@@ -344,7 +344,7 @@ def test_every_recipe_steps_twice(name, data, tmp_path):
 
 @pytest.mark.parametrize('head', HEADS)
 def test_every_head_trains_and_comes_back(head, data, tmp_path):
-    "Through recipe, checkpoint and weights file; UPerNet with its auxiliary loss in both passes, DeepLabV2 at stride 32 of MiT"
+    "Through recipe, checkpoint and weights file; UPerNet with its auxiliary loss, DeepLabV2 at stride 32"
     out = train_run(
         make_recipe(
             'dacs', 'demo', overrides=TINY | dict(head=head, layer_decay=0.8, drop_path_rate=0.2)
@@ -366,7 +366,8 @@ def test_mixed_precision_steps(data, tmp_path):
 import torch
 from udanb.runs.build import build_trainer
 from udanb.runs.presets import make_recipe
-t = build_trainer(make_recipe("daformer", "demo", overrides={TINY | dict(precision="bf16")!r}), {str(data)!r}, {str(tmp_path)!r}, quiet=True)
+recipe = make_recipe("daformer", "demo", overrides={TINY | dict(precision="bf16")!r})
+t = build_trainer(recipe, {str(data)!r}, {str(tmp_path)!r}, quiet=True)
 dtypes = set()
 t.student.head.conv_seg.register_forward_hook(lambda m,i,o: dtypes.add(o.dtype))
 t.fit()
@@ -408,7 +409,7 @@ def params(name):
 
 @pytest.mark.parametrize('name', PARAMS)
 def test_every_params_file_says_how_to_run_it(name):
-    "Its first comment holds a command that names this very file and a notebook with tests below, what it needs and what to expect"
+    "Its first comment has a command with this file and a tested notebook, what it needs and what to expect"
     text = (ROOT / 'params' / f'{name}.yaml').read_text()
     assert PARAMS[name] and PARAMS[name][2] == name and name in of('train_uda', 'ddb', 'visda22')
     assert re.findall(r'^# (Command|Needs|Expect): ', text[: text.index('\nsource:')], re.M) == [
@@ -465,7 +466,7 @@ def test_every_params_file_is_a_recipe_that_steps(name, data, tmp_path):
 
 
 def chain(name, to=None, **tiny):
-    "What a params file's notebook leaves behind: its cells run here as papermill would, `tiny` instead of what the file says; up to the cell with `to`"
+    "Variables of a notebook run with a params file as papermill does, with `tiny` on top; up to the cell with `to`"
     given = params(name)
     given |= tiny | dict(overrides=given.get('overrides', {}) | tiny.get('overrides', {}))
     space, page = {'In': ['']}, ROOT / 'nbs' / f'{PARAMS[name][1]}.ipynb'
@@ -585,7 +586,7 @@ def test_visda22_params_ask_for_the_winners_trainings(name):
 
 
 def test_params_of_ddb_through_their_notebook(data, tmp_path):
-    "Two targets, two rounds, one step each: the second round begins with the first one's student at a tenth of the rate, its own student does not"
+    "Two targets, two rounds, one step each: only the bridges of round 2 start from the first student, at lr / 10"
     name, tiny = 'gta_cityscapes_mapillary_ddb', TINY | dict(image_size=(64, 128), eval_every=0)
     trees(pair_of(chain(name, 'check_papermill_parameters(')['cut']), data, tmp_path)
     s = chain(
@@ -606,7 +607,7 @@ def test_params_of_ddb_through_their_notebook(data, tmp_path):
     )
     assert {k for k, r in told.items() if r['init_weights']} == {'cut 2', 'class 2'} and told[
         'cut 2'
-    ]['init'] == str(s['stages']['student 1'] / 'model.safetensors')
+    ]['init_weights'] == str(s['stages']['student 1'] / 'model.safetensors')
     for k, f in s['stages'].items():
         assert set(next(iter(s['pipe'].results(f)['targets'].values()))) == {
             'cityscapes',

@@ -238,7 +238,7 @@ def build_trainer(
     out='outputs/run',  # folder of the run
     quiet=False,  # no progress bars
     callbacks=(),  # see `Trainer`
-) -> Trainer:
+) -> Trainer:  # ready to `fit`
     "Build a run; missing data raises `FileNotFoundError` before the folder is made"
     src, tgt, vals = open_datasets(recipe, data_root)
     accelerator = Accelerator(mixed_precision=recipe.optim.precision)

@@ -129,7 +129,8 @@ def open_targets(
     labels=True,  # False: label files are not searched for
 ) -> dict[str, SegDataset]:  # target's name -> dataset in the classes of the run
     "Open a split of each target"
-    root, pair, data = resolve(data_root), pair_of(recipe), recipe.data
+    root, pair = resolve(data_root), pair_of(recipe)
+    data = recipe.data
     draw_demo(pair.targets, root)
     options = dict(limit=data.max_images, skip_broken=data.skip_broken)
     return {

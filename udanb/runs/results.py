@@ -16,7 +16,7 @@ import torch
 
 from ..checkpoints.weights import NETWORK_FILES, load_weights, load_weights_into
 from ..core.storage import read_json
-from ..core.types import collate
+from ..core.types import Sample, collate
 from ..core.utils import lookup, resolve
 from ..data.pairs import as_tuple
 from ..data.transforms import resize_keep_ratio, to_sample
@@ -204,7 +204,7 @@ def compare_iou(
 def evenly_spaced(
     items,  # anything with a length
     n: int,
-) -> list[int]:
+) -> list[int]:  # ascending
     "At most n indices from the first item to the last"
     n = min(n, len(items))
     return [round(i * (len(items) - 1) / max(n - 1, 1)) for i in range(n)]
@@ -221,7 +221,7 @@ def read_samples(
     dataset,  # `SegDataset` or `ConcatSegDataset`, with labels or without
     idx,  # indices of images
     recipe: Recipe,  # for the size
-):  # `Sample` of all images, at the size of the first one
+) -> Sample:  # of all images, at the size of the first one
     "Read images and labels at the size at which the network gets them"
     samples, size = [], None
     for i in idx:
