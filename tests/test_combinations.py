@@ -344,7 +344,7 @@ def test_vfm(stem):
     assert (
         r.method_args['daformer']['fd'],
         r.extensions,
-        r.method_args,
+        r.method_args['mic'],
         r.data.batch_size,
         r.data.crop_size,
         r.data.image_scale,
