@@ -78,7 +78,7 @@ def notebook(path):
 
 SCRIPT = '''
 import sys
-from udanb.core.types import write_json
+from udanb.core.storage import write_json
 from udanb.runs.grid import NOTEBOOK_PARAMETERS, make_grid, run_grid
 from udanb.runs.recipe import recipe_dict
 jobs = make_grid(sys.argv[1], ['source_only','dacs'], [0,1], [['demo',None]], dict(backbone='mit_b0', weights=None, steps=30))
