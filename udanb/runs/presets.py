@@ -125,7 +125,7 @@ def pair_fields(
 # %% ../../nbs/runs/01_presets.ipynb #8fdc2f38
 def parse_numbers(
     value,  # from YAML
-):  # the same structure with numbers in place of such texts
+) -> object:  # the same structure with numbers in place of such texts
     "Convert texts such as '1e-1' to numbers, in dicts and lists as well"
     if isinstance(value, dict):
         return {k: parse_numbers(x) for k, x in value.items()}
