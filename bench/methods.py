@@ -28,7 +28,6 @@ import platform
 import statistics
 import time
 import traceback
-from dataclasses import replace
 from pathlib import Path
 
 os.environ |= dict(OMP_NUM_THREADS='1', NO_ALBUMENTATIONS_UPDATE='1', KINETO_LOG_LEVEL='99')
@@ -42,20 +41,20 @@ from torch.profiler import ProfilerActivity, profile
 from udanb.core.labels import CITYSCAPES19 as SPACE
 from udanb.core.types import IGNORE, IMAGENET_MEAN, IMAGENET_STD, Sample
 from udanb.core.utils import lookup, seed_all
-from udanb.data.augment import StrongAugmentation
 from udanb.methods.cluda import chunked_contrast
 from udanb.models.segmentor import param_groups
-from udanb.runs.build import build_network
-from udanb.runs.presets import EXTENSIONS, METHODS, RECIPES
+from udanb.runs.build import build_network, make_method
+from udanb.runs.presets import RECIPES
+from udanb.runs.recipe import replace_flat
 from udanb.training.losses import FeatureDistance
 from udanb.training.trainer import Trainer
 
 MB = 2**20
 NETS = dict(  # recipe fields; lite0 as in the settings of town, MiT-B0 with the usual head of 256 channels
     tf_efficientnet_lite0=dict(
-        backbone='tf_efficientnet_lite0', dim=64, weights='imagenet', freeze_bn=True
+        backbone='tf_efficientnet_lite0', embed_dim=64, pretrained='imagenet', freeze_bn=True
     ),
-    mit_b0=dict(backbone='mit_b0', weights=None),
+    mit_b0=dict(backbone='mit_b0', pretrained=None),
 )
 SAID = dict(
     tf_efficientnet_lite0='tf_efficientnet_lite0 with ImageNet weights and frozen BatchNorm statistics, '
@@ -65,7 +64,7 @@ SAID = dict(
 
 
 def added(*names, to='daformer'):
-    return replace(RECIPES[to], plus=names)
+    return replace_flat(RECIPES[to], extensions=names)
 
 
 RUNS = {
@@ -76,7 +75,7 @@ RUNS = {
     cluda_hrda=added('cluda', to='hrda'),
     soft=added('soft'),
     mmd=added('mmd'),
-    ddb_cut=replace(RECIPES['dacs'], method='ddb_cut'),
+    ddb_cut=replace_flat(RECIPES['dacs'], method='ddb_cut'),
 )
 BASE = 'daformer'  # that all others are divided by
 ASKED = dict(mic=1.5, dida=1.3, cluda=1.5)  # times DAFormer's time
@@ -110,27 +109,22 @@ def noise(size, seed, labels, batch=2):
 
 def trainer(name, net, size):
     "What `udanb.runs.build` puts together, without data; in the middle of its run"
-    r = replace(RUNS[name], crop=(size, size), **NETS[net])
+    r = replace_flat(RUNS[name], crop_size=(size, size), **NETS[net])
     seed_all(r.seed)
-    model, strong = (
-        build_network(r, len(SPACE), r.weights),
-        StrongAugmentation(p_jitter=r.jitter, p_blur=r.blur),
-    )
-    method = METHODS[r.method](model, r, SPACE, strong, **r.args.get(r.method, {}))
-    for k in r.plus:
-        method = EXTENSIONS[k](method, model, r, SPACE, strong, **r.args.get(k, {}))
+    model = build_network(r, len(SPACE), r.model.pretrained)
+    method = make_method(r, model, SPACE)
     t = Trainer(
         model,
         method,
-        param_groups(model, r.lr, r.head_mult, r.wd),
+        param_groups(model, r.optim.lr, r.optim.head_lr_mult, r.optim.weight_decay),
         None,
-        r.steps,
+        r.optim.steps,
         'nowhere',
         r.seed,
         accelerator=Accelerator(cpu=True),
         quiet=True,
     )
-    t.it = r.steps // 2
+    t.it = r.optim.steps // 2
     return t
 
 

@@ -75,7 +75,7 @@ def test_clock_tells_work_from_waiting(bench):
 
 def test_every_recipe_is_in_the_middle_of_its_run(bench):
     assert bench.BASE in bench.RUNS and set(bench.ASKED) <= set(bench.RUNS)
-    assert {k for k, r in bench.RUNS.items() if r.hrda} == {'hrda', 'cluda_hrda'}
+    assert {k for k, r in bench.RUNS.items() if r.model.hrda} == {'hrda', 'cluda_hrda'}
     t = bench.trainer('cluda', 'tf_efficientnet_lite0', 64)
     logs = t.step(*bench.pair('cluda', 64))
     assert t.it == bench.RUNS['cluda'].steps // 2 + 1 and {
@@ -154,10 +154,19 @@ def test_opinions_of_a_run(root, tmp_path):
     spec.loader.exec_module(m)
     write_demo(tmp_path / 'demo', n_source=4, n_target=4, n_val=2, size=(64, 128), quiet=True)
     tiny = dict(
-        backbone='mit_b0', weights=None, dim=16, batch=2, crop=(64, 64), rcs_px=8, before=False
+        backbone='mit_b0',
+        pretrained=None,
+        embed_dim=16,
+        batch_size=2,
+        crop_size=(64, 64),
+        rcs_min_pixels=8,
+        run_baseline=False,
     )
     out = train_run(
-        make_recipe('daformer', 'demo', steps=2, over=tiny), tmp_path, tmp_path / 'run', quiet=True
+        make_recipe('daformer', 'demo', steps=2, overrides=tiny),
+        tmp_path,
+        tmp_path / 'run',
+        quiet=True,
     )
     for which in ('student', 'teacher'):
         t = m.main(

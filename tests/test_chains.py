@@ -37,9 +37,11 @@ from udanb.inference.export_labels import export_pseudo
 from udanb.methods.prototypes import Prototypes
 from udanb.models.backbones import create_backbone
 from udanb.runs import stages as chains
-from udanb.runs.build import build_trainer, open_datasets, open_targets
+from udanb.runs.build import build_trainer
+from udanb.runs.datasets import open_datasets, open_targets
 from udanb.runs.pipeline import Pipeline
 from udanb.runs.presets import make_recipe
+from udanb.runs.recipe import replace_flat
 from udanb.runs.results import load_run
 from udanb.runs.run import train_run
 from udanb.runs.stages import (
@@ -59,16 +61,16 @@ CHILDREN = multiprocessing.get_context(
 CHILDREN.set_forkserver_preload(['udanb.runs.stages'])
 TINY = dict(
     backbone='mit_b0',
-    weights=None,
-    dim=16,
-    batch=2,
-    crop=[64, 64],
-    rcs_px=8,
+    pretrained=None,
+    embed_dim=16,
+    batch_size=2,
+    crop_size=[64, 64],
+    rcs_min_pixels=8,
     save_every=1,
     eval_every=0,
 )
-VISDA = dict(steps=3, self_steps=2, threshold=0.05, predict_split='val', over=TINY)
-DDB = dict(steps=2, over=TINY)
+VISDA = dict(steps=3, self_steps=2, threshold=0.05, predict_split='val', overrides=TINY)
+DDB = dict(steps=2, overrides=TINY)
 
 # ---- notebooks, here, in a child, and from a shell
 
@@ -304,19 +306,26 @@ def test_visda_from_the_shell(visda, data):
     )
     assert (
         recipe_of(uda).method,
-        recipe_of(uda).steps,
-        recipe_of(uda).augment,
-        recipe_of(uda).init,
+        recipe_of(uda).optim.steps,
+        recipe_of(uda).data.augmentations,
+        recipe_of(uda).model.init_weights,
     ) == ('daformer', 3, 'none', None)
     for m, a in zip(members, ('photometric', 'noise', 'grid')):
         r = recipe_of(m)
-        assert (r.method, r.steps, r.augment, r.init, r.pseudo, r.lr) == (
+        assert (
+            r.method,
+            r.optim.steps,
+            r.data.augmentations,
+            r.model.init_weights,
+            r.method_args['selftrain']['pseudo_labels'],
+            r.optim.lr,
+        ) == (
             'selftrain',
             2,
             a,
             str(weights_of(uda)),
             str(at(chain, 'labels')),
-            recipe_of(uda).lr / 10,
+            recipe_of(uda).optim.lr / 10,
         )
         start = build_trainer(r, data, chain / 'x', quiet=True).student.state_dict()
         assert (
@@ -382,15 +391,17 @@ def test_ddb_from_the_shell(ddb, data):
     )
     rs = {n: recipe_of(at(chain, n)) for n in s if (at(chain, n) / 'recipe.json').exists()}
     logs = {n: read_log(at(chain, n) / 'log.jsonl', 9) for n in rs}
-    assert {n: (r.method, r.steps) for n, r in rs.items()} == {
+    assert {n: (r.method, r.optim.steps) for n, r in rs.items()} == {
         f'{n}{k}': (m, 2)
         for n, m in (('cut', 'ddb_cut'), ('class', 'ddb_class'), ('distill', 'distill'))
         for k in (1, 2)
     }
     first = at(chain, 'distill1')
     for n in ('cut', 'class'):  # round 2: from round 1's student, with a tenth of the rate
-        assert rs[f'{n}1'].init is None and rs[f'{n}2'].init == str(weights_of(first))
-        assert rs[f'{n}2'].lr == pytest.approx(0.1 * rs[f'{n}1'].lr) and [
+        assert rs[f'{n}1'].model.init_weights is None and rs[f'{n}2'].model.init_weights == str(
+            weights_of(first)
+        )
+        assert rs[f'{n}2'].optim.lr == pytest.approx(0.1 * rs[f'{n}1'].optim.lr) and [
             a['lr'] / b['lr'] for a, b in zip(logs[f'{n}2'], logs[f'{n}1'])
         ] == pytest.approx([0.1, 0.1])
         assert equal(
@@ -398,7 +409,7 @@ def test_ddb_from_the_shell(ddb, data):
             state(first),
         )
     fresh = build_trainer(
-        replace(rs['cut1'], method='source_only'), data, chain / 'x', quiet=True
+        replace_flat(rs['cut1'], method='source_only'), data, chain / 'x', quiet=True
     ).student.state_dict()
     for k in (
         1,
@@ -406,11 +417,11 @@ def test_ddb_from_the_shell(ddb, data):
     ):  # the student: each time from the encoder's weights, with both teachers of the round
         r = rs[f'distill{k}']
         assert (
-            r.init is None
-            and r.lr == rs['cut1'].lr
+            r.model.init_weights is None
+            and r.optim.lr == rs['cut1'].optim.lr
             and equal(build_trainer(r, data, chain / 'x', quiet=True).student.state_dict(), fresh)
         )
-        assert r.args['distill'] == dict(
+        assert r.method_args['distill'] == dict(
             teachers=[str(weights_of(at(chain, f'{n}{k}'))) for n in ('cut', 'class')],
             soft=False,
             prototypes=[
@@ -542,7 +553,7 @@ def test_ddb_killed_in_each_stage(ddb, data, tmp_path):
     ]
     assert same(tmp_path / 'moved', ddb[0]) and recipe_of(
         at(tmp_path / 'moved', 'class2')
-    ).init.startswith(str(tmp_path / 'moved'))
+    ).model.init_weights.startswith(str(tmp_path / 'moved'))
 
 
 @pytest.mark.slow
@@ -705,7 +716,7 @@ def test_encoder_from_a_file(data, tmp_path):
             data_root=str(data),
             out=str(tmp_path / page),
             steps=1,
-            over=TINY | dict(weights=str(enc)),
+            overrides=TINY | dict(pretrained=str(enc)),
             **kw,
         )['pipe'].table()
 
@@ -730,7 +741,7 @@ def test_target_without_labels(data, tmp_path):
             fit=[64, 128],
         )
     )
-    kw = dict(target='mine', datasets=own, data_root=str(data), steps=1, over=TINY)
+    kw = dict(target='mine', datasets=own, data_root=str(data), steps=1, overrides=TINY)
     got = notebook(
         'visda22',
         recipe='mic_hrda',
@@ -746,7 +757,8 @@ def test_target_without_labels(data, tmp_path):
         and tab['info'].between(0, 1).all()
     )
     assert (
-        recipe_of(got['members']['photometric+noise']).augment == ('photometric', 'noise')
+        recipe_of(got['members']['photometric+noise']).data.augmentations
+        == ('photometric', 'noise')
         and got['tables']['mine'].coverage['all'] == 100
     )
     table = notebook('ddb', rounds=1, out=str(tmp_path / 'd'), **kw)['table']
@@ -762,7 +774,7 @@ def test_broken_images_are_left_out(data, tmp_path):
         return notebook(page, data_root=str(tmp_path), out=str(tmp_path / page), steps=1, **kw)
 
     r = train_run(
-        make_recipe('source_only', 'demo', over=TINY | dict(steps=1)),
+        make_recipe('source_only', 'demo', overrides=TINY | dict(steps=1)),
         tmp_path,
         tmp_path / 'r',
         True,
@@ -770,13 +782,15 @@ def test_broken_images_are_left_out(data, tmp_path):
     with pytest.raises(ValueError, match=bad.name):
         pseudo_label_stage(Pipeline(tmp_path / 'x', True), 'labels', r, tmp_path)
     with pytest.warns(UserWarning, match='left out'):
-        got = go('visda22', augment=['noise'], threshold=None, over=TINY | dict(skip_broken=True))
+        got = go(
+            'visda22', augment=['noise'], threshold=None, overrides=TINY | dict(skip_broken=True)
+        )
     assert len(read_export_journal(got['labels'])) == 2 and bad.name not in str(
         read_export_journal(got['labels'])
     )
     with pytest.warns(UserWarning, match='left out'):
         assert (
-            go('ddb', rounds=1, over=TINY | dict(skip_broken=True))['table']
+            go('ddb', rounds=1, overrides=TINY | dict(skip_broken=True))['table']
             .loc['mIoU']
             .notna()
             .all()
@@ -799,11 +813,11 @@ def test_ddb_with_several_domains(source, target, kw, data, tmp_path):
         out=str(tmp_path),
         steps=1,
         rounds=1,
-        over=TINY,
+        overrides=TINY,
         **kw,
     )
     r = recipe_of(got['stages']['student 1'])
-    assert (r.source, r.target) == tuple(
+    assert (r.data.source, r.data.target) == tuple(
         x if isinstance(x, str) else tuple(x) for x in (source, target)
     )
     assert (tmp_path / 'iou.csv').exists() and (len(got['each']) == 4) == (target != 'demo')
@@ -814,7 +828,7 @@ def test_ddb_with_several_domains(source, target, kw, data, tmp_path):
             for f, w in zip(got['stages'].values(), ('student', 'student', 'fusion', 'student'))
         ]
         assert list(each) == ['demo_target', 'camvid'] and np.allclose(each.mean(axis=1), whole)
-        assert 'prototypes' not in r.args['distill'] and r.args['distill']['soft']
+        assert 'prototypes' not in r.method_args['distill'] and r.method_args['distill']['soft']
     else:
         assert (
             len(open_datasets(r, data)[0]) == 5
@@ -838,7 +852,14 @@ def test_only_stored_labels_are_learned(visda, data, tmp_path):
     r = make_recipe(
         'selftrain',
         'demo',
-        over=TINY | dict(pseudo=str(labels), crop=(64, 128), cat_max=None, batch=3, steps=1),
+        overrides=TINY
+        | dict(
+            method_args=dict(selftrain=dict(pseudo_labels=str(labels))),
+            crop_size=(64, 128),
+            cat_max_ratio=None,
+            batch_size=3,
+            steps=1,
+        ),
     )
     t = build_trainer(r, tmp_path, tmp_path / 'r', quiet=True)
     src, tgt, _ = next(iter(t.loader(0)))
@@ -901,7 +922,7 @@ def test_several_targets(data, tmp_path):
         augment=['grid'],
         threshold=0.05,
         predict_split='val',
-        over=TINY,
+        overrides=TINY,
     )
     pipe = got['pipe']
     a = got['uda']
@@ -913,7 +934,7 @@ def test_several_targets(data, tmp_path):
     ) == {'demo_target', 'camvid'}
     again = recipe_of(got['members']['grid'])
     assert (
-        again.pseudo == where
+        again.method_args['selftrain']['pseudo_labels'] == where
         and list(got['tables']) == ['demo_target', 'camvid']
         and got['summary'].notna().all(None)
     )
@@ -943,16 +964,24 @@ def test_several_targets(data, tmp_path):
     a, labels = at(moved.out, 'adapt'), at(moved.out, 'labels')
     moved.train(
         'self-grid',
-        replace(again, init=str(weights_of(a)), pseudo=label_paths(labels, r)),
+        replace_flat(
+            again,
+            init_weights=str(weights_of(a)),
+            method_args=dict(selftrain=dict(pseudo_labels=label_paths(labels, r))),
+        ),
         data,
         dict(init=weights_of(a), labels=labels),
     )
     assert list(moved.table().state) == ['found']
     for wrong in (where[0], where[:1], (*where, where[0])):
-        with pytest.raises(ValueError, match='selftrain learns stored pseudo-labels of 2 targets'):
-            open_datasets(replace(again, pseudo=wrong), data)
-    with pytest.raises(ValueError, match='have the dataset camvid, not demo_target'):
-        open_datasets(replace(again, pseudo=where[::-1]), data)
+        with pytest.raises(ValueError, match='for 2 targets; give one folder per target'):
+            open_datasets(
+                replace_flat(again, method_args=dict(selftrain=dict(pseudo_labels=wrong))), data
+            )
+    with pytest.raises(ValueError, match='have the dataset camvid, asked for is demo_target'):
+        open_datasets(
+            replace_flat(again, method_args=dict(selftrain=dict(pseudo_labels=where[::-1]))), data
+        )
 
 
 def test_other_labels_under_the_same_name(visda, data, tmp_path):
@@ -963,7 +992,11 @@ def test_other_labels_under_the_same_name(visda, data, tmp_path):
         f = open_targets(recipe_of(uda), data, 'train', labels=False)['demo_target']
         export_pseudo(load_run(uda), f, out, f.space, threshold, quiet=True)
 
-    r = make_recipe('selftrain', 'demo', over=TINY | dict(pseudo=str(out), steps=1))
+    r = make_recipe(
+        'selftrain',
+        'demo',
+        overrides=TINY | dict(method_args=dict(selftrain=dict(pseudo_labels=str(out))), steps=1),
+    )
     label(0.05)
     train_run(r, data, tmp_path / 'r', True)
     when = (tmp_path / 'r' / 'model.safetensors').stat().st_mtime_ns
@@ -1030,7 +1063,7 @@ def test_greedy_soup_and_evaluation_of_the_chain(visda, data, tmp_path):
     [
         ('visda22', ValueError, "did you mean 'threshold'", dict(treshold=0.9)),
         ('visda22', ValueError, "did you mean 'photometric'", dict(augment=['photometrc'])),
-        ('visda22', ValueError, "did you mean 'backbone'", dict(over=dict(bakbone='x'))),
+        ('visda22', ValueError, "did you mean 'backbone'", dict(overrides=dict(bakbone='x'))),
         ('visda22', ValueError, "did you mean 'daformer'", dict(recipe='dafromer')),
         ('ddb', ValueError, "did you mean 'rounds'", dict(round=1)),
         ('ddb', ValueError, 'rounds 0', dict(rounds=0)),
@@ -1043,7 +1076,7 @@ def test_notebooks_stop_at_once(page, kind, said, params, tmp_path):
     with pytest.raises(kind, match=said):
         notebook(
             page,
-            **dict(out=str(tmp_path / 'out'), data_root=str(tmp_path / 'nowhere'), over=TINY)
+            **dict(out=str(tmp_path / 'out'), data_root=str(tmp_path / 'nowhere'), overrides=TINY)
             | params,
         )
     assert not [*tmp_path.glob('out/*/*.pt')] and not stages(tmp_path / 'out')
@@ -1081,7 +1114,19 @@ def test_labels_belong_to_selftrain(visda):
     labels = str(at(visda[0], 'labels'))
     for m in ('daformer', 'source_only', 'ddb_cut'):
         with pytest.raises(
-            ValueError, match=f"method='{m}', pseudo=.*labels-.*the method selftrain"
+            ValueError,
+            match=f"method_args.selftrain=.*labels-.*the run does not use selftrain .method='{m}'",
         ):
-            make_recipe(m, 'demo', over=TINY | dict(pseudo=labels))
-    assert make_recipe('selftrain', 'demo', over=TINY | dict(pseudo=labels)).pseudo == labels
+            make_recipe(
+                m,
+                'demo',
+                overrides=TINY | dict(method_args=dict(selftrain=dict(pseudo_labels=labels))),
+            )
+    assert (
+        make_recipe(
+            'selftrain',
+            'demo',
+            overrides=TINY | dict(method_args=dict(selftrain=dict(pseudo_labels=labels))),
+        ).method_args['selftrain']['pseudo_labels']
+        == labels
+    )

@@ -13,24 +13,25 @@ from udanb.methods.cluda import UncertainDetailView
 from udanb.methods.dida import BankCalibratedView
 from udanb.methods.extras import RareClassPasteView, pass_of
 from udanb.models.segmentor import create_segmentor, param_groups
-from udanb.runs.build import build_trainer, eval_image_size
+from udanb.runs.build import build_trainer
+from udanb.runs.datasets import eval_image_size
 from udanb.runs.grid import NOTEBOOK_PARAMETERS
 from udanb.runs.presets import make_recipe
-from udanb.runs.recipe import pair_of
+from udanb.runs.recipe import flat_fields, pair_of
 from udanb.training.trainer import Step
 
 TINY = dict(
     backbone='mit_b0',
-    weights=None,
-    dim=16,
-    batch=2,
-    crop=(64, 64),
-    rcs_px=8,
-    rcs_ratio=0.5,
+    pretrained=None,
+    embed_dim=16,
+    batch_size=2,
+    crop_size=(64, 64),
+    rcs_min_pixels=8,
+    rcs_min_crop_ratio=0.5,
     steps=2,
-    tau=0.0,
+    confidence_threshold=0.0,
     fd=0.0,
-    blur=0.0,
+    blur_prob=0.0,
 )
 ARGS = dict(
     paste=dict(names=['pole', 'traffic light', 'traffic sign', 'person', 'car'], least=1e-4),
@@ -43,7 +44,7 @@ NETS = dict(
     upernet=dict(head='upernet'),
     fcn=dict(head='fcn'),
     hrda_upernet=dict(hrda=True, head='upernet'),
-    hrda_fcn=dict(hrda=True, head='fcn', crop=(128, 128)),
+    hrda_fcn=dict(hrda=True, head='fcn', crop_size=(128, 128)),
 )
 PLUS = [
     ('dida', 'cluda'),
@@ -73,7 +74,9 @@ def trainer(data, out, plus, **over):
     r = make_recipe(
         'daformer',
         'demo',
-        over=TINY | dict(plus=list(plus), args={k: v for k, v in ARGS.items() if k in plus}) | over,
+        overrides=TINY
+        | dict(extensions=list(plus), method_args={k: v for k, v in ARGS.items() if k in plus})
+        | over,
     )
     return build_trainer(r, data, out, quiet=True)
 
@@ -151,7 +154,7 @@ def test_order_of_additions(data, tmp_path):
             tmp_path / str(i),
             four[i:] + four[:i],
             hrda=True,
-            args=ARGS | dict(dida=dict(alpha=0.9)),
+            method_args=ARGS | dict(dida=dict(alpha=0.9)),
         )
         seen.add(
             tuple(sorted((p.name, c.name, round(c.w, 9)) for p in t.method.passes for c in p.crits))
@@ -201,9 +204,9 @@ def test_mic_of_both_domains_has_no_colours(data, tmp_path):
         tmp_path,
         ('mic',),
         hrda=True,
-        args=dict(mic=dict(mode='both', ratio=0.0)),
-        jitter=1.0,
-        blur=1.0,
+        method_args=dict(mic=dict(mode='both', ratio=0.0)),
+        jitter_prob=1.0,
+        blur_prob=1.0,
     )
     src, tgt = next(iter(t.loader(0)))[:2]
     assert t.step(src, tgt)['masked/ce'] > 0
@@ -220,43 +223,46 @@ def test_mic_of_both_domains_has_no_colours(data, tmp_path):
 # ---- params/ at paper settings, against the spec's matrix
 
 HALF, FULL = (
-    dict(hrda=False, scale=1.0, crop=(512, 512), rcs_ratio=0.5),
-    dict(hrda=True, scale=2.0, crop=(1024, 1024), rcs_ratio=2.0),
+    dict(hrda=False, image_scale=1.0, crop_size=(512, 512), rcs_min_crop_ratio=0.5),
+    dict(hrda=True, image_scale=2.0, crop_size=(1024, 1024), rcs_min_crop_ratio=2.0),
 )
-RELEASED = dict(plus=('dida',), args=dict(dida=dict(alpha=1)))  # labels from the classifier alone
-NIGHT = FULL | dict(plus=('mic',), source='cityscapes', args=dict(mic=dict(mode='both')))
+RELEASED = dict(
+    extensions=('dida',), method_args=dict(dida=dict(alpha=1))
+)  # labels from the classifier alone
+NIGHT = FULL | dict(
+    extensions=('mic',), source='cityscapes', method_args=dict(mic=dict(mode='both'))
+)
 PAPER = dict(
-    gta_mic=HALF | dict(plus=('mic',)),
-    gta_hrda=FULL | dict(plus=()),
-    gta_mic_hrda=FULL | dict(plus=('mic',)),
-    gta_cluda_hrda=FULL | dict(plus=('cluda',)),
+    gta_mic=HALF | dict(extensions=('mic',)),
+    gta_hrda=FULL | dict(extensions=()),
+    gta_mic_hrda=FULL | dict(extensions=('mic',)),
+    gta_cluda_hrda=FULL | dict(extensions=('cluda',)),
     gta_dida=HALF | RELEASED,
-    synthia_daformer=HALF | dict(plus=()),
-    synthia_mic_hrda=FULL | dict(plus=('mic',)),
+    synthia_daformer=HALF | dict(extensions=()),
+    synthia_mic_hrda=FULL | dict(extensions=('mic',)),
     synthia_dida=HALF | RELEASED,
     **{f'cityscapes_{t}_mic_hrda': NIGHT | dict(target=t) for t in ('acdc', 'dark_zurich')},
 )
 SAME = dict(
     method='daformer',
     backbone='mit_b5',
-    weights='imagenet',
+    pretrained='imagenet',
     head='daformer',
-    dim=None,
-    ch=None,
+    embed_dim=None,
+    head_channels=None,
     steps=40_000,
-    batch=2,
+    batch_size=2,
     lr=6e-5,
-    head_mult=10.0,
-    wd=0.01,
-    warmup=1500,
-    power=1.0,
-    alpha=0.999,
-    tau=0.968,
-    fd=0.005,
+    head_lr_mult=10.0,
+    weight_decay=0.01,
+    warmup_steps=1500,
+    poly_power=1.0,
+    ema_decay=0.999,
+    confidence_threshold=0.968,
     rcs=True,
-    rcs_T=0.01,
-    rcs_px=3000,
-    cat_max=0.75,
+    rcs_temperature=0.01,
+    rcs_min_pixels=3000,
+    cat_max_ratio=0.75,
     parity=False,
 )
 
@@ -274,7 +280,7 @@ def asked(stem):
         p['recipe'],
         p['source'],
         p['target'],
-        p.get('over', {}),
+        p.get('overrides', {}),
         **{k: p.get(k) for k in ('backbone', 'steps', 'seed')},
     )
 
@@ -283,11 +289,11 @@ def asked(stem):
 def test_paper_settings(stem):
     r, want = (
         asked(stem),
-        SAME | dict(target='cityscapes', source=stem.split('_')[0], args={}) | PAPER[stem],
+        SAME | dict(target='cityscapes', source=stem.split('_')[0], method_args={}) | PAPER[stem],
     )
-    assert {k: getattr(r, k) for k in want} == want
+    assert {k: flat_fields(r)[k] for k in want} == want
     sizes = {s.name: eval_image_size(r, s) for p in [pair_of(r)] for s in (*p.sources, *p.targets)}
-    k = 2 if r.hrda else 1
+    k = 2 if r.model.hrda else 1
     native = dict(
         gta=(720, 1280),
         synthia=(760, 1280),
@@ -302,16 +308,16 @@ def test_zerowaste_is_the_winners_first_stage():
     r = asked('zerowaste')
     want = SAME | dict(
         backbone='convnext_l',
-        ch=512,
+        head_channels=512,
         rcs=False,
-        cat_max=None,
-        margins='rows',
-        crop=(512, 512),
-        scale=1.0,
+        cat_max_ratio=None,
+        target_margins='rows',
+        crop_size=(512, 512),
+        image_scale=1.0,
         hrda=False,
-        plus=(),
+        extensions=(),
     )
-    assert {k: getattr(r, k) for k in want} == want and (r.source, r.target) == (
+    assert {k: flat_fields(r)[k] for k in want} == want and (r.data.source, r.data.target) == (
         'zerowaste_v1',
         'zerowaste_v2',
     )
@@ -326,17 +332,29 @@ def test_zerowaste_is_the_winners_first_stage():
 
 def meta(r, n):
     with torch.device('meta'):
-        return create_segmentor(r.backbone, n, r.head, None, r.dim, r.ch)
+        return create_segmentor(
+            r.model.backbone, n, r.model.head, None, r.model.embed_dim, r.model.head_channels
+        )
 
 
 @pytest.mark.parametrize('stem', ['gta_vfm', 'gta_vfm_dinov3'])
 def test_vfm(stem):
     "VFM-UDA's numbers: 5e-5 times the root of the batch times a tenth; a hidden patch is a token; twelve blocks, each .9 of the next"
     r = asked(stem)
-    assert (r.fd, r.plus, r.args, r.batch, r.crop, r.scale, r.head_mult, r.warmup, r.wd) == (
+    assert (
+        r.method_args['daformer']['fd'],
+        r.extensions,
+        r.method_args['mic'],
+        r.data.batch_size,
+        r.data.crop_size,
+        r.data.image_scale,
+        r.optim.head_lr_mult,
+        r.optim.warmup_steps,
+        r.optim.weight_decay,
+    ) == (
         0.0,
         ('mic',),
-        dict(mic=dict(block=16)),
+        dict(block=16),
         8,
         (1024, 1024),
         2.0,
@@ -344,16 +362,19 @@ def test_vfm(stem):
         1500,
         0.01,
     )
-    assert r.lr == pytest.approx(5e-5 * r.batch**0.5 * 0.1, rel=0.02) and r.rcs_ratio == 1024**2 / (
-        512 * 1024
-    )
+    assert r.optim.lr == pytest.approx(
+        5e-5 * r.data.batch_size**0.5 * 0.1, rel=0.02
+    ) and r.data.rcs_min_crop_ratio == 1024**2 / (512 * 1024)
     net = meta(r, 19)
     assert (
         net.eval()(torch.zeros(1, 3, 1024, 1024, device='meta')).logits.shape == (1, 19, 256, 256)
-        and net.backbone.pad == r.args['mic']['block']
+        and net.backbone.pad == r.method_args['mic']['block']
     )
     rates = {
-        g['name']: g['lr'] / r.lr for g in param_groups(net, r.lr, r.head_mult, r.wd, r.layer_decay)
+        g['name']: g['lr'] / r.optim.lr
+        for g in param_groups(
+            net, r.optim.lr, r.optim.head_lr_mult, r.optim.weight_decay, r.optim.layer_decay
+        )
     }
     assert (
         rates['head'] == pytest.approx(10)

@@ -54,7 +54,9 @@ def world(tmp_path_factory):
     seed_all(0)
     r, net = (
         make_recipe(
-            'dacs', 'demo', over=dict(backbone='mit_b0', weights=None, dim=16, fit=(64, 128))
+            'dacs',
+            'demo',
+            overrides=dict(backbone='mit_b0', pretrained=None, embed_dim=16, image_size=(64, 128)),
         ),
         create_segmentor('mit_b0', 19, dim=16),
     )
@@ -210,7 +212,9 @@ def test_train_ids(world, tmp_path):
     "A network of CamVid's eleven classes: labels are written as Cityscapes train ids"
     r, net = (
         make_recipe(
-            'dacs', 'town', over=dict(backbone='mit_b0', weights=None, dim=16, fit=(64, 128))
+            'dacs',
+            'town',
+            overrides=dict(backbone='mit_b0', pretrained=None, embed_dim=16, image_size=(64, 128)),
         ),
         create_segmentor('mit_b0', 11, dim=16),
     )

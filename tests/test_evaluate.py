@@ -61,7 +61,10 @@ def untrained(path, source, target=None, n=19, classes=CITYSCAPES19.classes, **o
     "A run's folder with a student and, in its checkpoint, another teacher"
     seed_all(0)
     r = make_recipe(
-        'dacs', source, target, over=dict(backbone='mit_b0', weights=None, dim=16) | over
+        'dacs',
+        source,
+        target,
+        overrides=dict(backbone='mit_b0', pretrained=None, embed_dim=16) | over,
     )
     net, teacher = (create_segmentor('mit_b0', n, dim=16) for _ in 'ab')
     write_json(path / 'recipe.json', recipe_dict(r))

@@ -29,17 +29,25 @@ from udanb.runs.grid import (
 from udanb.runs.recipe import recipe_dict
 
 ENV = os.environ | dict(OMP_NUM_THREADS='1', NO_ALBUMENTATIONS_UPDATE='1', IN_TEST='1')
-SMALL = dict(backbone='mit_b0', weights=None, dim=16, batch=2, crop=(64, 64), rcs_px=8, steps=2)
+SMALL = dict(
+    backbone='mit_b0',
+    pretrained=None,
+    embed_dim=16,
+    batch_size=2,
+    crop_size=(64, 64),
+    rcs_min_pixels=8,
+    steps=2,
+)
 
 # what a run looks like from outside: it notes its start, logs step by step, and ends with metrics.json; dacs fails
 FAKE = '''import json, os, pathlib, time
 f = pathlib.Path(out); f.mkdir(exist_ok=True)
 with open(f/'starts', 'a') as s: s.write(f'{os.getpid()}\\n')
 if recipe=='dacs': raise RuntimeError('it broke\\nfor a reason')
-for i in range(over['steps']):
+for i in range(overrides['steps']):
     with open(f/'log.jsonl', 'a') as l: l.write('{}\\n')
     time.sleep(.1 if seed else 0)
-(f/'metrics.json').write_text(json.dumps(dict(miou=dict(student=30.+seed), steps=over['steps'], seconds=6, peak_mib=1)))'''
+(f/'metrics.json').write_text(json.dumps(dict(miou=dict(student=30.+seed), steps=overrides['steps'], seconds=6, peak_mib=1)))'''
 
 
 def notebook(path):
@@ -70,7 +78,7 @@ def notebook(path):
 
 SCRIPT = '''
 import sys
-from udanb.core.types import write_json
+from udanb.core.storage import write_json
 from udanb.runs.grid import NOTEBOOK_PARAMETERS, make_grid, run_grid
 from udanb.runs.recipe import recipe_dict
 jobs = make_grid(sys.argv[1], ['source_only','dacs'], [0,1], [['demo',None]], dict(backbone='mit_b0', weights=None, steps=30))
@@ -177,10 +185,10 @@ def test_grid_from_files_and_refusals(tmp_path):
     )
     assert (
         [j.label for j in jobs] == ['town_dacs'] * 2 + ['town_daformer_T01'] * 2
-        and jobs[2].recipe.rcs_T == 0.1
-        and {j.recipe.steps for j in jobs} == {7}
+        and jobs[2].recipe.data.rcs_temperature == 0.1
+        and {j.recipe.optim.steps for j in jobs} == {7}
     )
-    assert len({j.name for j in jobs}) == 4 and not jobs[0].recipe.before
+    assert len({j.name for j in jobs}) == 4 and not jobs[0].recipe.execution.run_baseline
     assert (
         make_grid(tmp_path, params=['params/town_dacs.yaml'], data_root='elsewhere')[0].params[
             'data_root'
@@ -233,7 +241,7 @@ def test_notebook_with_a_run_that_fails(tmp_path):
         recipes=['source_only'],
         seeds=[0],
         pairs=[['gta', None], ['demo', None]],
-        over=SMALL | dict(crop=[64, 64]),
+        over=SMALL | dict(crop_size=[64, 64]),
         data_root=str(tmp_path / 'data'),
         out=str(tmp_path / 'grid'),
     )

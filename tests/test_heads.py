@@ -15,6 +15,7 @@ import contract as c
 from udanb.core.types import Sample, SegOutput
 from udanb.core.utils import seed_all
 from udanb.models import heads
+from udanb.models.cpu_kernels import dilated_depthwise_conv
 from udanb.models.heads import (
     HEADS,
     DAFormerHead,
@@ -23,7 +24,6 @@ from udanb.models.heads import (
     SegFormerHead,
     UPerHead,
 )
-from udanb.models.cpu_kernels import dilated_depthwise_conv
 from udanb.models.segmentor import AuxiliaryLoss
 from udanb.training.losses import WeightedCrossEntropy
 

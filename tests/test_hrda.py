@@ -8,8 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from udanb.core.types import Sample
-from udanb.core.utils import seed_all
-from udanb.core.utils import sliding_windows
+from udanb.core.utils import seed_all, sliding_windows
 from udanb.models.backbones import create_backbone
 from udanb.models.heads import DAFormerHead, DLV2Head
 from udanb.models.hrda import HRDA, ContextLoss, DetailLoss, detail_windows, random_boxes

@@ -15,11 +15,10 @@ from udanb.core.labels import CAMVID11, LabelSpace, colorize
 from udanb.core.state_dicts import weights_hash
 from udanb.core.storage import read_json
 from udanb.core.types import IGNORE, Sample, SegOutput, normalize
-from udanb.core.utils import eval_mode, seed_all, stable_repr
+from udanb.core.utils import eval_mode, seed_all, sliding_windows, stable_repr
 from udanb.inference.folder import list_images, predict_folder
 from udanb.inference.metrics import ConfusionMatrix
 from udanb.inference.predict import evaluate, predict, sliding_logits, whole_logits
-from udanb.core.utils import sliding_windows
 
 SPACE = LabelSpace(
     'four',

@@ -363,12 +363,12 @@ def test_scripts_cover_the_list():
 def test_the_network_of_each_script(f):
     "Built as the file says, on the meta device where the encoder allows it (no memory, no arithmetic): shapes fit, the head's width is the scripts'"
     p = yaml.safe_load(f.read_text())
-    over = p['over']
+    over = p['overrides']
     assert (
-        over['plus'] == ['soft', 'paste', 'mmd']
+        over['extensions'] == ['soft', 'paste', 'mmd']
         and over['rcs']
-        and over['alpha'] == 0.999
-        and over['margins'] == 'none'
+        and over['ema_decay'] == 0.999
+        and over['target_margins'] == 'none'
         and p['recipe'] == 'dacs'
     )
     assert over.get('lr') == (8e-5 if 'convnext' in f.stem else None)
@@ -378,8 +378,8 @@ def test_the_network_of_each_script(f):
             p['backbone'],
             19,
             over.get('head', 'daformer'),
-            dim=over.get('dim'),
-            drop_path=over.get('drop_path'),
+            dim=over.get('embed_dim'),
+            drop_path=over.get('drop_path_rate'),
         )
     if meta:
         assert net.eval()(torch.zeros(1, 3, 512, 512, device='meta')).logits.shape == (
@@ -387,5 +387,5 @@ def test_the_network_of_each_script(f):
             19,
             *((16, 16) if 'fcn' in f.stem else (128, 128)),
         )
-    assert net.head.ch == over.get('dim', 256 if 'daformer' in f.stem else 512)
+    assert net.head.ch == over.get('embed_dim', 256 if 'daformer' in f.stem else 512)
     assert f'-f params/{f.name}' in f.read_text()

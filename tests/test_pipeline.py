@@ -46,9 +46,9 @@ CHILDREN = multiprocessing.get_context(
 CHILDREN.set_forkserver_preload(['udanb.runs.pipeline'])
 TINY = dict(
     backbone='mit_b0',
-    dim=16,
-    batch=2,
-    crop=(64, 64),
+    embed_dim=16,
+    batch_size=2,
+    crop_size=(64, 64),
     rcs=False,
     steps=4,
     save_every=1,
@@ -118,7 +118,9 @@ def chain(data, out, stop=None, quiet=True):
     try:
         pipe = Pipeline(out, quiet)
         a = pipe.stage('encoder', lambda f: encoder(f, out, stop), dict(seed=1))
-        r = make_recipe('source_only', 'demo', over=TINY | dict(weights=str(a / 'mit.safetensors')))
+        r = make_recipe(
+            'source_only', 'demo', overrides=TINY | dict(pretrained=str(a / 'mit.safetensors'))
+        )
         b = pipe.train('uda', r, data, dict(encoder=a))
         c = pipe.stage(
             'brief',
@@ -248,7 +250,7 @@ def test_interrupted_chain_is_moved(data, ready_made, tmp_path):
         tmp_path / 'b'
     ) == names(ready_made)
     there = stage_of(tmp_path / 'b', 'encoder') / 'mit.safetensors'
-    assert read_json(stage_of(tmp_path / 'b', 'uda') / 'recipe.json')['weights'] == str(there)
+    assert read_json(stage_of(tmp_path / 'b', 'uda') / 'recipe.json')['pretrained'] == str(there)
 
 
 # ---- damaged
@@ -493,7 +495,11 @@ def averaged(data, chain, fail=None):
 
     Trainer.step = step
     w = stage_of(out, 'uda') / 'model.safetensors'
-    r = make_recipe('source_only', 'demo', over=TINY | dict(weights=None, init=str(w), cycles=2))
+    r = make_recipe(
+        'source_only',
+        'demo',
+        overrides=TINY | dict(pretrained=None, init_weights=str(w), swa_cycles=2),
+    )
     pipe = Pipeline(out, True)
     try:
         return pipe, pipe.train('swa', r, data, dict(start=w)), r
@@ -602,7 +608,7 @@ def test_other_settings_and_other_bytes_are_other_stages(data, made):
     inp.write_text('{}')
     three = pipe.stage('x', lambda f: None, dict(lr=1), dict(i=inp))
     assert len({one, two, three}) == 3 and list(pipe.table().state) == ['made'] * 3
-    r = make_recipe('source_only', 'demo', over=TINY | dict(weights=str(inp)))
+    r = make_recipe('source_only', 'demo', overrides=TINY | dict(pretrained=str(inp)))
     with pytest.raises(ValueError, match="stage 'uda': the recipe reads .*sum.json"):
         pipe.train('uda', r, data)
 

@@ -50,7 +50,7 @@ from udanb.inference.export_labels import class_thresholds, export_pseudo, thres
 from udanb.inference.predict import predict
 from udanb.inference.tta import tta
 from udanb.models.segmentor import create_segmentor
-from udanb.runs.build import pseudo_labelled_target
+from udanb.runs.datasets import pseudo_labelled_target
 from udanb.runs.presets import make_recipe
 from udanb.runs.recipe import recipe_dict
 
@@ -463,7 +463,12 @@ def test_a_lost_record(town, tmp_path):
 # ---- learned by a run
 def recipe(out, **kw):
     return make_recipe(
-        'selftrain', 'demo', over=dict(target='camvid', pseudo=str(out), rcs=False) | kw
+        'selftrain',
+        'demo',
+        overrides=dict(
+            target='camvid', method_args=dict(selftrain=dict(pseudo_labels=str(out))), rcs=False
+        )
+        | kw,
     )
 
 
@@ -488,7 +493,7 @@ def test_an_unfinished_export_is_not_learned(tmp_path):
     for kw in ({}, dict(skip_broken=True), dict(limit=2)):
         with pytest.raises(
             ValueError,
-            match=f'out holds 2 of {n} labels: the export was not finished.* run pseudo_label.ipynb again',
+            match=f'out: 2 of {n} pseudo-labels.*interrupted.*Run pseudo_label.ipynb again',
         ):
             take(out, **kw)
     go(Halt(11), replace_names(f, 2), tmp_path / 'two', CAMVID11)  # a deliberate limit
@@ -506,7 +511,7 @@ def test_an_unfinished_export_is_not_learned(tmp_path):
     halt.calls = 1
     with pytest.raises(KeyboardInterrupt):
         go(halt, f, tmp_path / 'two', CAMVID11)
-    with pytest.raises(ValueError, match=f'two holds 3 of {n} labels'):
+    with pytest.raises(ValueError, match=f'two: 3 of {n} pseudo-labels'):
         take(tmp_path / 'two')  # a larger limit, begun
     labels = [x for x in files(out) if x.startswith('gtFine')]
     Image.fromarray(np.zeros((48, 96), np.uint8)).save(
@@ -515,7 +520,7 @@ def test_an_unfinished_export_is_not_learned(tmp_path):
     assert (take(out).label(0) == 0).all()
     assert labelled_names(out) == f.names
     (out / labels[1]).unlink()
-    with pytest.raises(ValueError, match=f'out holds {n - 1} of {n} labels'):
+    with pytest.raises(ValueError, match=f'out: {n - 1} of {n} pseudo-labels'):
         take(out)
     write_json(
         out / 'pseudo.json', {k: v for k, v in read_export_record(out).items() if k != 'images'}
@@ -540,7 +545,7 @@ def test_broken_images_are_left_out(tmp_path):
         go(net, f, tmp_path / 'out', CAMVID11)
     with pytest.raises(KeyboardInterrupt):
         go(Halt(11), f, tmp_path / 'killed', CAMVID11, skip_broken=True)
-    with pytest.raises(ValueError, match=f'killed holds 2 of {n} labels'):
+    with pytest.raises(ValueError, match=f'killed: 2 of {n} pseudo-labels'):
         pseudo_labelled_target(
             recipe(tmp_path / 'killed', skip_broken=True), CAMVID, tmp_path, tmp_path / 'killed'
         )
@@ -756,7 +761,9 @@ def run(tmp_path_factory):
     seed_all(0)
     r, net = (
         make_recipe(
-            'dacs', 'demo', over=dict(backbone='mit_b0', weights=None, dim=16, fit=(32, 64))
+            'dacs',
+            'demo',
+            overrides=dict(backbone='mit_b0', pretrained=None, embed_dim=16, image_size=(32, 64)),
         ),
         create_segmentor('mit_b0', 19, dim=16),
     )
@@ -868,7 +875,7 @@ def test_notebook_names_bad_input(run, tmp_path):
     save_weights(tmp_path / 'bare.safetensors', Net(3))
     fails(
         ValueError,
-        'bare.safetensors does not say which recipe',
+        'bare.safetensors has no recipe in its metadata',
         run=str(tmp_path / 'bare.safetensors'),
     )
     assert not (tmp_path / 'out').exists()

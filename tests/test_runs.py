@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +21,23 @@ from udanb.data.catalog import CAMVID, TOWN
 from udanb.data.dummy import write_dummy_dataset
 from udanb.demo.render import write_demo
 from udanb.models.heads import HEADS
-from udanb.runs.build import build_trainer, open_datasets, train_loader_factory
+from udanb.runs.build import build_trainer, train_loader_factory
+from udanb.runs.datasets import open_datasets
 from udanb.runs.presets import RECIPES, make_recipe
-from udanb.runs.recipe import pair_of
+from udanb.runs.recipe import flat_fields, pair_of, replace_flat
 from udanb.runs.results import compare_iou, load_run, read_run, run_name
 from udanb.runs.run import train_run
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = dict(backbone='mit_b0', weights=None, dim=16, batch=2, crop=(64, 64), rcs_px=8, steps=2)
+TINY = dict(
+    backbone='mit_b0',
+    pretrained=None,
+    embed_dim=16,
+    batch_size=2,
+    crop_size=(64, 64),
+    rcs_min_pixels=8,
+    steps=2,
+)
 ENV = os.environ | dict(OMP_NUM_THREADS='1', NO_ALBUMENTATIONS_UPDATE='1', IN_TEST='1')
 
 
@@ -45,16 +53,18 @@ def data(tmp_path_factory):
 SCRIPT = '''
 import sys, torch
 torch.set_num_threads(1)
-from udanb.runs.recipe import make_recipe
+from udanb.runs.presets import make_recipe
 from udanb.runs.run import train_run
-train_run(make_recipe("daformer", "demo", over=dict(backbone="mit_b0", weights=None, dim=16, batch=2, crop=(64,64), rcs_px=8, steps=14, save_every=3, eval_every=7)),
-    sys.argv[1], sys.argv[2])
+
+data, out = sys.argv[1:]
+train_run(make_recipe("daformer", "demo", overrides={overrides}), data, out)
 '''
+LONGER = TINY | dict(steps=14, save_every=3, eval_every=7)
 
 
 def start(data, out):
     return subprocess.Popen(
-        [sys.executable, '-c', SCRIPT, str(data), str(out)],
+        [sys.executable, '-c', SCRIPT.format(overrides=LONGER), str(data), str(out)],
         env=ENV,
         cwd=ROOT,
         stderr=subprocess.DEVNULL,
@@ -105,14 +115,17 @@ def test_killed_and_started_again_ends_with_the_same_bits(data, tmp_path):
 
 def test_teacher_and_optimiser_survive(data, tmp_path):
     t = build_trainer(
-        make_recipe('daformer', 'demo', over=TINY | dict(steps=4, save_every=2)),
+        make_recipe('daformer', 'demo', overrides=TINY | dict(steps=4, save_every=2)),
         data,
         tmp_path / 'r',
         quiet=True,
     )
     t.fit()
     again = build_trainer(
-        make_recipe('daformer', 'demo', over=TINY | dict(steps=4)), data, tmp_path / 'r', quiet=True
+        make_recipe('daformer', 'demo', overrides=TINY | dict(steps=4)),
+        data,
+        tmp_path / 'r',
+        quiet=True,
     )
     assert again.resume() and again.it == 4
     assert all(
@@ -126,41 +139,43 @@ def test_teacher_and_optimiser_survive(data, tmp_path):
 
 
 def test_half_written_checkpoint_is_named(data, tmp_path):
-    t = build_trainer(make_recipe('dacs', 'demo', over=TINY), data, tmp_path, quiet=True)
+    t = build_trainer(make_recipe('dacs', 'demo', overrides=TINY), data, tmp_path, quiet=True)
     t.fit()
     f = tmp_path / 'checkpoint.pt'
     f.write_bytes(f.read_bytes()[:1000])
     with pytest.raises(ValueError, match='checkpoint.pt: not a readable checkpoint.*Remove it'):
-        build_trainer(make_recipe('dacs', 'demo', over=TINY), data, tmp_path, quiet=True).fit()
+        build_trainer(make_recipe('dacs', 'demo', overrides=TINY), data, tmp_path, quiet=True).fit()
 
 
 # ---- refusals
 
 
 def test_checkpoint_of_another_recipe(data, tmp_path):
-    r = make_recipe('dacs', 'demo', over=TINY)
+    r = make_recipe('dacs', 'demo', overrides=TINY)
     train_run(r, data, tmp_path / 'r', quiet=True)
-    with pytest.raises(ValueError, match=f"lr: {r.lr} there, 0.001 here"):
-        train_run(replace(r, lr=1e-3), data, tmp_path / 'r', quiet=True)
+    with pytest.raises(ValueError, match=f"lr: {r.optim.lr} there, 0.001 here"):
+        train_run(replace_flat(r, lr=1e-3), data, tmp_path / 'r', quiet=True)
     (tmp_path / 'r' / 'recipe.json').unlink()
     (tmp_path / 'r' / 'metrics.json').unlink()
     with pytest.raises(ValueError, match="checkpoint.pt belongs to another recipe"):
-        train_run(replace(r, lr=1e-3), data, tmp_path / 'r', quiet=True)
+        train_run(replace_flat(r, lr=1e-3), data, tmp_path / 'r', quiet=True)
 
 
 def test_folder_that_cannot_be_written(data, tmp_path):
     (tmp_path / 'file').touch()
     with pytest.raises(OSError, match='choose another folder'):
-        train_run(make_recipe('dacs', 'demo', over=TINY), data, tmp_path / 'file' / 'r', quiet=True)
+        train_run(
+            make_recipe('dacs', 'demo', overrides=TINY), data, tmp_path / 'file' / 'r', quiet=True
+        )
     if os.geteuid() != 0:
         (tmp_path / 'ro').mkdir(mode=0o500)
         with pytest.raises(OSError, match='choose another folder'):
             train_run(
-                make_recipe('dacs', 'demo', over=TINY), data, tmp_path / 'ro' / 'r', quiet=True
+                make_recipe('dacs', 'demo', overrides=TINY), data, tmp_path / 'ro' / 'r', quiet=True
             )
     elif Path('/proc').exists():  # root may write everywhere but here
         with pytest.raises(OSError, match='choose another folder'):
-            train_run(make_recipe('dacs', 'demo', over=TINY), data, '/proc/udanb', quiet=True)
+            train_run(make_recipe('dacs', 'demo', overrides=TINY), data, '/proc/udanb', quiet=True)
 
 
 def test_missing_data_names_folder_source_and_remedy(tmp_path):
@@ -180,7 +195,7 @@ def test_corrupt_image_in_training_is_named(tmp_path):
     for x in f:
         x.write_bytes(x.read_bytes()[:200])
     with pytest.raises(Exception) as e:
-        train_run(make_recipe('dacs', 'demo', over=TINY), tmp_path, tmp_path / 'r', quiet=True)
+        train_run(make_recipe('dacs', 'demo', overrides=TINY), tmp_path, tmp_path / 'r', quiet=True)
     assert any(x.name in str(e.value) for x in f)
 
 
@@ -189,21 +204,23 @@ def test_target_labels_are_not_needed_to_train(tmp_path):
     for x in (tmp_path / 'demo' / 'cityscapes' / 'gtFine' / 'train').rglob('*.png'):
         x.unlink()
     assert (
-        train_run(make_recipe('daformer', 'demo', over=TINY), tmp_path, tmp_path / 'r', quiet=True)
+        train_run(
+            make_recipe('daformer', 'demo', overrides=TINY), tmp_path, tmp_path / 'r', quiet=True
+        )
         / 'metrics.json'
     ).exists()
 
 
 def test_class_that_never_occurs_with_rcs(data, tmp_path):
-    r = make_recipe('daformer', 'demo', over=TINY)
+    r = make_recipe('daformer', 'demo', overrides=TINY)
     src, tgt, _ = open_datasets(r, data)
     with pytest.warns(UserWarning, match='never occur and will not be drawn.*train'):
         next(iter(train_loader_factory(r, src, tgt)(0)))
 
 
 def test_demo_read_as_gta_and_cityscapes(data, tmp_path):
-    "The pair gta → cityscapes on the demo's files: the very specs and code that read the published datasets, margins included"
-    r = make_recipe('daformer', 'gta', over=TINY)
+    "The pair gta → cityscapes on the demo's files: the specs and code of the published datasets, with margins"
+    r = make_recipe('daformer', 'gta', overrides=TINY)
     src, tgt, vals = open_datasets(r, data / 'demo')
     assert list(vals) == ['cityscapes']
     assert (
@@ -225,7 +242,7 @@ OWN = dict(mine=dict(folder='demo/cityscapes', images='leftImg8bit/train/*_leftI
 
 
 def test_target_without_any_label_trains_unscored(data, tmp_path):
-    r = make_recipe('daformer', 'demo', 'mine', over=TINY, datasets=OWN)
+    r = make_recipe('daformer', 'demo', 'mine', overrides=TINY, datasets=OWN)
     out = train_run(r, data, tmp_path / 'r', quiet=True)
     m = read_json(out / 'metrics.json')
     assert (
@@ -241,7 +258,10 @@ def test_two_sources_and_two_targets(data, tmp_path):
         write_dummy_dataset(s, tmp_path, size=(64, 128))
     os.symlink(data / 'demo', tmp_path / 'demo')
     r = make_recipe(
-        'daformer', ['demo', 'town'], ['demo', 'camvid'], over=TINY | dict(source_weights=[1, 3])
+        'daformer',
+        ['demo', 'town'],
+        ['demo', 'camvid'],
+        overrides=TINY | dict(source_weights=[1, 3]),
     )
     assert run_name(r).startswith('demo+town-demo+camvid-daformer-s0')
     m = read_json(train_run(r, tmp_path, tmp_path / 'r', quiet=True) / 'metrics.json')
@@ -254,16 +274,16 @@ def test_two_sources_and_two_targets(data, tmp_path):
     src, tgt, _ = open_datasets(r, tmp_path)
     assert np.isclose(src.share[: len(src.datasets[0])].sum(), 0.25)
     seen = {n for b, _ in zip(train_loader_factory(r, src, tgt)(0), range(8)) for n in b.src.name}
-    assert any('town' in n for n in seen) and len(tgt.datasets) == 2
-    oracle = open_datasets(replace(r, method='oracle'), tmp_path)[0]
-    assert [f.spec.name for f in oracle.datasets] == [
+    assert any('town' in n for n in seen) and len(tgt.folders) == 2
+    oracle = open_datasets(replace_flat(r, method='oracle'), tmp_path)[0]
+    assert [f.spec.name for f in oracle.folders] == [
         'demo_target',
         'camvid',
     ] and oracle.labels is not None
 
 
 def test_broken_files_are_skipped_and_reported(tmp_path):
-    "A cut image, a label of another size and one with foreign numbers: an error each; with skip_broken the run ends and names them"
+    "A cut image, a label of another size, one with foreign numbers: errors; with skip_broken the run names them"
     write_demo(tmp_path / 'demo', n_source=6, n_target=4, n_val=3, size=(64, 128))
     bad = [
         sorted((tmp_path / 'demo').glob(g))[k]
@@ -280,11 +300,11 @@ def test_broken_files_are_skipped_and_reported(tmp_path):
     Image.fromarray(np.full((64, 128), 99, np.uint8)).save(bad[2])
     bad[3].write_bytes(b'')
     bad[4].unlink()
-    r = make_recipe('dacs', 'demo', over=TINY | dict(steps=6, rcs=True))
+    r = make_recipe('dacs', 'demo', overrides=TINY | dict(steps=6, rcs=True))
     with pytest.raises(ValueError):
         train_run(r, tmp_path, tmp_path / 'r', quiet=True)
     with pytest.warns(UserWarning, match='left out'):
-        out = train_run(replace(r, skip_broken=True), tmp_path, tmp_path / 's', quiet=True)
+        out = train_run(replace_flat(r, skip_broken=True), tmp_path, tmp_path / 's', quiet=True)
     skipped = read_json(out / 'metrics.json')['skipped']
 
     def has(stem):
@@ -305,7 +325,7 @@ def test_broken_files_are_skipped_and_reported(tmp_path):
     'name', [n for n in RECIPES if n not in ('selftrain', 'distill')]
 )  # those two need earlier runs: test_chains.py
 def test_every_recipe_steps_twice(name, data, tmp_path):
-    out = train_run(make_recipe(name, 'demo', over=TINY), data, tmp_path / 'r', quiet=True)
+    out = train_run(make_recipe(name, 'demo', overrides=TINY), data, tmp_path / 'r', quiet=True)
     m = read_json(out / 'metrics.json')
     who = {'student'} if name in ('source_only', 'oracle') else {'student', 'teacher'}
     assert (
@@ -324,9 +344,11 @@ def test_every_recipe_steps_twice(name, data, tmp_path):
 
 @pytest.mark.parametrize('head', HEADS)
 def test_every_head_trains_and_comes_back(head, data, tmp_path):
-    "Through recipe, checkpoint and weights file; UPerNet with its auxiliary loss in both passes, DeepLabV2 at stride 32 of MiT"
+    "Through recipe, checkpoint and weights file; UPerNet with its auxiliary loss, DeepLabV2 at stride 32"
     out = train_run(
-        make_recipe('dacs', 'demo', over=TINY | dict(head=head, layer_decay=0.8, drop_path=0.2)),
+        make_recipe(
+            'dacs', 'demo', overrides=TINY | dict(head=head, layer_decay=0.8, drop_path_rate=0.2)
+        ),
         data,
         tmp_path / 'r',
         quiet=True,
@@ -342,9 +364,10 @@ def test_mixed_precision_steps(data, tmp_path):
     "bf16 through Accelerate, in a process of its own (Accelerate fixes the precision once per process)"
     script = f'''
 import torch
-from udanb.runs.build import build
-from udanb.runs.recipe import make_recipe
-t = build(make_recipe("daformer", "demo", over={TINY | dict(precision="bf16")!r}), {str(data)!r}, {str(tmp_path)!r}, quiet=True)
+from udanb.runs.build import build_trainer
+from udanb.runs.presets import make_recipe
+recipe = make_recipe("daformer", "demo", overrides={TINY | dict(precision="bf16")!r})
+t = build_trainer(recipe, {str(data)!r}, {str(tmp_path)!r}, quiet=True)
 dtypes = set()
 t.student.head.conv_seg.register_forward_hook(lambda m,i,o: dtypes.add(o.dtype))
 t.fit()
@@ -362,8 +385,8 @@ assert t.it==2 and torch.bfloat16 in dtypes and next(t.student.parameters()).dty
 
 
 def test_parity_recipe_steps(data, tmp_path):
-    over = TINY | dict(parity=True, margins='rows')
-    t = build_trainer(make_recipe('daformer', 'demo', over=over), data, tmp_path, quiet=True)
+    over = TINY | dict(parity=True, target_margins='rows')
+    t = build_trainer(make_recipe('daformer', 'demo', overrides=over), data, tmp_path, quiet=True)
     log = t.fit()
     assert t.teacher.rows == (2, 15) and 0 <= log[-1]['q'] <= 1  # 15 and 120 of 512 rows
 
@@ -386,7 +409,7 @@ def params(name):
 
 @pytest.mark.parametrize('name', PARAMS)
 def test_every_params_file_says_how_to_run_it(name):
-    "Its first comment holds a command that names this very file and a notebook with tests below, what it needs and what to expect"
+    "Its first comment has a command with this file and a tested notebook, what it needs and what to expect"
     text = (ROOT / 'params' / f'{name}.yaml').read_text()
     assert PARAMS[name] and PARAMS[name][2] == name and name in of('train_uda', 'ddb', 'visda22')
     assert re.findall(r'^# (Command|Needs|Expect): ', text[: text.index('\nsource:')], re.M) == [
@@ -418,18 +441,21 @@ def test_every_params_file_is_a_recipe_that_steps(name, data, tmp_path):
         'datasets',
         'skip_broken',
         'out',
-        'over',
+        'overrides',
     }
     assert set(p) <= known, f'{name}: {set(p) - known}'
     named = {k: p.get(k) for k in ('backbone', 'steps', 'seed', 'datasets')}
 
-    def asked(over):
-        return make_recipe(p.get('recipe', 'daformer'), p['source'], p.get('target'), over, **named)
+    def asked(overrides):
+        name = p.get('recipe', 'daformer')
+        return make_recipe(name, p['source'], p.get('target'), overrides, **named)
 
-    r = asked(p.get('over', {}))
+    r = asked(p.get('overrides', {}))
     pair = pair_of(r)
     trees(pair, data, tmp_path)
-    small = asked(p.get('over', {}) | TINY | dict(fit=(64, 128), limit=None, eval_every=0))
+    small = asked(
+        p.get('overrides', {}) | TINY | dict(image_size=(64, 128), max_images=None, eval_every=0)
+    )
     m = read_json(train_run(small, tmp_path, tmp_path / 'r', quiet=True) / 'metrics.json')
     assert (
         run_name(r)
@@ -440,9 +466,9 @@ def test_every_params_file_is_a_recipe_that_steps(name, data, tmp_path):
 
 
 def chain(name, to=None, **tiny):
-    "What a params file's notebook leaves behind: its cells run here as papermill would, `tiny` instead of what the file says; up to the cell with `to`"
+    "Variables of a notebook run with a params file as papermill does, with `tiny` on top; up to the cell with `to`"
     given = params(name)
-    given |= tiny | dict(over=given.get('over', {}) | tiny.get('over', {}))
+    given |= tiny | dict(overrides=given.get('overrides', {}) | tiny.get('overrides', {}))
     space, page = {'In': ['']}, ROOT / 'nbs' / f'{PARAMS[name][1]}.ipynb'
     for c in json.loads(page.read_text(encoding='utf-8'))['cells']:
         src = ''.join(c['source'])
@@ -460,28 +486,27 @@ def chain(name, to=None, **tiny):
 
 
 def fields_of(r, want):
-    return {k: getattr(r, k) for k in want}
+    return {k: flat_fields(r)[k] for k in want}
 
 
 DDB = dict(
     backbone='resnet101_os8',
-    weights='imagenet',
+    pretrained='imagenet',
     head='dlv2_adapter',
     steps=40_000,
-    batch=4,
-    crop=(512, 512),
-    scale=1.0,
+    batch_size=4,
+    crop_size=(512, 512),
+    image_scale=1.0,
     lr=6e-5,
-    head_mult=10.0,
-    wd=0.01,
-    warmup=1500,
-    power=1.0,
-    alpha=0.99,
-    tau=0.968,
-    fd=0.0,
+    head_lr_mult=10.0,
+    weight_decay=0.01,
+    warmup_steps=1500,
+    poly_power=1.0,
+    ema_decay=0.99,
+    confidence_threshold=0.968,
     rcs=False,
-    margins='none',
-    blur=0.0,
+    target_margins='none',
+    blur_prob=0.0,
     source_weights=None,
     parity=False,
     seed=0,
@@ -489,13 +514,13 @@ DDB = dict(
 TOWN_SIZE = dict(
     backbone='tf_efficientnet_lite0',
     head='daformer',
-    dim=64,
+    embed_dim=64,
     steps=600,
-    batch=2,
-    fit=(240, 320),
-    crop=(192, 256),
+    batch_size=2,
+    image_size=(240, 320),
+    crop_size=(192, 256),
     lr=3e-4,
-    warmup=50,
+    warmup_steps=50,
 )
 
 
@@ -514,7 +539,7 @@ def test_ddb_params_ask_for_the_published_trainings(name):
     want = (TOWN_SIZE | dict(steps=300) if 'town' in name else DDB) | dict(source=src, target=tgt)
     for r in rs:
         assert fields_of(r, want) == want
-    assert [(r.method, r.augment, r.init, r.plus) for r in rs] == [
+    assert [(r.method, r.data.augmentations, r.model.init_weights, r.extensions) for r in rs] == [
         ('ddb_cut', 'none', None, ()),
         ('ddb_class', 'none', None, ()),
         ('distill', 'photometric', None, ()),
@@ -536,24 +561,24 @@ def test_visda22_params_ask_for_the_winners_trainings(name):
         p['recipe'],
         p['source'],
         p['target'],
-        p.get('over', {}) | dict(before=False),
+        p.get('overrides', {}) | dict(run_baseline=False),
         backbone=p.get('backbone'),
         seed=s['seed'],
     )
     assert s['adapt'] == alone  # the first stage is the run of that file
     want = dict(
         method='selftrain',
-        plus=(),
-        args={},
-        fd=0.0,
+        extensions=(),
+        method_args={},
         rcs=False,
-        margins='none',
-        steps=alone.steps // 4,
-        lr=alone.lr if 'zerowaste' in name else alone.lr / 10,
+        target_margins='none',
+        steps=alone.optim.steps // 4,
+        lr=alone.optim.lr if 'zerowaste' in name else alone.optim.lr / 10,
     )
-    assert s['again'] == replace(alone, **want) and (s['again'].warmup, s['again'].lr) == (
-        (1500, 6e-5) if 'zerowaste' in name else (50, pytest.approx(3e-5))
-    )
+    assert s['again'] == replace_flat(alone, **want) and (
+        s['again'].optim.warmup_steps,
+        s['again'].optim.lr,
+    ) == ((1500, 6e-5) if 'zerowaste' in name else (50, pytest.approx(3e-5)))
     assert list(s['kinds']) == ['photometric', 'noise', 'grid'] and s['threshold'] == 0.9
     assert (s['split'], s['predict_split'], s['seed']) == (
         ('test', 'test', 1) if 'zerowaste' in name else ('train', None, 0)
@@ -561,12 +586,12 @@ def test_visda22_params_ask_for_the_winners_trainings(name):
 
 
 def test_params_of_ddb_through_their_notebook(data, tmp_path):
-    "Two targets, two rounds, one step each: the second round begins with the first one's student at a tenth of the rate, its own student does not"
-    name, tiny = 'gta_cityscapes_mapillary_ddb', TINY | dict(fit=(64, 128), eval_every=0)
+    "Two targets, two rounds, one step each: only the bridges of round 2 start from the first student, at lr / 10"
+    name, tiny = 'gta_cityscapes_mapillary_ddb', TINY | dict(image_size=(64, 128), eval_every=0)
     trees(pair_of(chain(name, 'check_papermill_parameters(')['cut']), data, tmp_path)
     s = chain(
         name,
-        over={k: v for k, v in tiny.items() if k != 'steps'},
+        overrides={k: v for k, v in tiny.items() if k != 'steps'},
         steps=1,
         data_root=str(tmp_path),
         out=str(tmp_path / 'chain'),
@@ -580,9 +605,9 @@ def test_params_of_ddb_through_their_notebook(data, tmp_path):
     assert {k: r['lr'] for k, r in told.items()} == pytest.approx(
         {k: 6e-6 if k in ('cut 2', 'class 2') else 6e-5 for k in told}
     )
-    assert {k for k, r in told.items() if r['init']} == {'cut 2', 'class 2'} and told['cut 2'][
-        'init'
-    ] == str(s['stages']['student 1'] / 'model.safetensors')
+    assert {k for k, r in told.items() if r['init_weights']} == {'cut 2', 'class 2'} and told[
+        'cut 2'
+    ]['init_weights'] == str(s['stages']['student 1'] / 'model.safetensors')
     for k, f in s['stages'].items():
         assert set(next(iter(s['pipe'].results(f)['targets'].values()))) == {
             'cityscapes',
@@ -597,11 +622,11 @@ def test_params_of_ddb_through_their_notebook(data, tmp_path):
 
 def test_params_of_visda22_through_their_notebook(data, tmp_path):
     "v1 is learned, v2's test images are labelled, trained on and predicted, and its val scores every stage"
-    name, tiny = 'zerowaste_visda22', TINY | dict(fit=(64, 128), eval_every=0)
+    name, tiny = 'zerowaste_visda22', TINY | dict(image_size=(64, 128), eval_every=0)
     trees(pair_of(chain(name, 'check_papermill_parameters(')['adapt']), data, tmp_path)
     s = chain(
         name,
-        over={k: v for k, v in tiny.items() if k != 'steps'} | dict(ch=24),
+        overrides={k: v for k, v in tiny.items() if k != 'steps'} | dict(head_channels=24),
         steps=2,
         self_steps=1,
         threshold=0.2,
@@ -635,9 +660,12 @@ def test_params_of_visda22_through_their_notebook(data, tmp_path):
         assert names(folder / 'zerowaste_v2' / kind) == test
     for k in ('photometric', 'noise', 'grid'):
         r = read_json(s['stages'][k] / 'recipe.json')
-        assert (r['method'], r['augment'], r['steps'], r['ch']) == ('selftrain', k, 1, 24) and r[
-            'init'
-        ] == str(s['stages']['adapted'] / 'model.safetensors')
+        assert (r['method'], r['augmentations'], r['steps'], r['head_channels']) == (
+            'selftrain',
+            k,
+            1,
+            24,
+        ) and r['init_weights'] == str(s['stages']['adapted'] / 'model.safetensors')
 
 
 # ---- the run notebook

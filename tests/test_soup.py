@@ -21,7 +21,8 @@ from udanb.data.transforms import resize_keep_ratio
 from udanb.demo.render import write_demo
 from udanb.inference.label_free import label_free
 from udanb.models.segmentor import create_segmentor
-from udanb.runs.build import make_evaluator, open_targets
+from udanb.runs.build import make_evaluator
+from udanb.runs.datasets import open_targets
 from udanb.runs.presets import make_recipe
 from udanb.runs.recipe import recipe_dict
 from udanb.runs.results import compare_iou, load_run, read_run, read_samples
@@ -30,7 +31,7 @@ PAGE = ROOT / 'nbs' / 'soup.ipynb'
 CELLS = [
     c for c in json.loads(PAGE.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code'
 ]
-TINY = dict(backbone='mit_b0', weights=None, dim=16, fit=(64, 128), batch=2)
+TINY = dict(backbone='mit_b0', pretrained=None, embed_dim=16, image_size=(64, 128), batch_size=2)
 
 
 def notebook(**params):
@@ -49,7 +50,7 @@ def notebook(**params):
 
 
 def write_run(folder, state, seed=0, over={}, teacher=None):
-    r = make_recipe('dacs', 'demo', over=TINY | dict(seed=seed) | over)
+    r = make_recipe('dacs', 'demo', overrides=TINY | dict(seed=seed) | over)
     write_json(folder / 'recipe.json', recipe_dict(r))
     save_weights(
         folder / 'model.safetensors',
@@ -129,7 +130,7 @@ def test_from_the_shell(world, tmp_path):
         and told['soup']['info'] >= tried['alone'].max() - 1e-6
     )
     # the same by hand: mean of the chosen, then its BatchNorms on the three training images
-    r, net = make_recipe('dacs', 'demo', over=TINY), create_segmentor('mit_b0', 19, dim=16)
+    r, net = make_recipe('dacs', 'demo', overrides=TINY), create_segmentor('mit_b0', 19, dim=16)
     net.load_state_dict(average([f'{m}/model.safetensors' for m in told['chosen']]))
     train, val = (
         open_targets(r, world / 'data', s, labels=False)['demo_target'] for s in ('train', 'val')
@@ -160,7 +161,7 @@ def test_uniform_with_weights(world, tmp_path):
     assert [m['hash'] for m in told['members']] == [
         weights_hash(load_weights(world / f's{i}' / 'model.safetensors')[0]) for i in range(2)
     ]
-    r = make_recipe('dacs', 'demo', over=TINY)
+    r = make_recipe('dacs', 'demo', overrides=TINY)
     score = make_evaluator(r, open_targets(r, world / 'data'))
     tab = pd.read_csv(tmp_path / 'out' / 'scores.csv', index_col='member')
     assert list(tab.index) == [*members, 'mean', 'soup'] and list(tab) == [
@@ -263,7 +264,7 @@ def test_without_labels(world, tmp_path):
         )
     )
     for i in range(2):
-        r = make_recipe('dacs', 'demo', 'mine', over=TINY | dict(seed=i, datasets=mine))
+        r = make_recipe('dacs', 'demo', 'mine', overrides=TINY | dict(seed=i, datasets=mine))
         write_json(tmp_path / f's{i}' / 'recipe.json', recipe_dict(r))
         (tmp_path / f's{i}' / 'model.safetensors').write_bytes(
             (world / f's{i}' / 'model.safetensors').read_bytes()
@@ -314,7 +315,9 @@ def test_bad_input_is_named(world, tmp_path):
     )
     fails(ValueError, 'is the folder of a run; choose another', out=a)
     fails(ValueError, 'is one of the members|is the folder of a run', out=b)
-    write_run(tmp_path / 'b1', create_segmentor('mit_b0', 19, dim=8).state_dict(), over=dict(dim=8))
+    write_run(
+        tmp_path / 'b1', create_segmentor('mit_b0', 19, dim=8).state_dict(), over=dict(embed_dim=8)
+    )
     fails(
         ValueError,
         r'b1.model.safetensors is another network than .*s0.model.safetensors \(dim: 8 there, 16 here\)',

@@ -31,7 +31,8 @@ from udanb.methods.instance_bank import (
     grid_labels,
     profile_to_class_probs,
 )
-from udanb.runs.build import eval_image_size, open_datasets, train_loader_factory
+from udanb.runs.build import train_loader_factory
+from udanb.runs.datasets import eval_image_size, open_datasets
 from udanb.runs.recipe import from_json
 from udanb.runs.results import load_run
 

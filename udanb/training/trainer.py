@@ -110,6 +110,8 @@ class Trainer:
         accelerator: Accelerator = None,  # device, precision, processes
         callbacks=(),  # `(trainer, logs)` after each step; they only read
         quiet: bool = False,  # no progress bar
+        upgrade_recipe=None,  # function: recipe of an older checkpoint -> its fields today
+        skipped: dict = None,  # files left out while the data was opened, name -> reason
     ):
         store_attr(but='model,groups')
         self.accelerator = accelerator or Accelerator()
@@ -205,9 +207,10 @@ def resume(self: Trainer) -> bool:  # was there a checkpoint?
         raise ValueError(
             f'{path}: not a readable checkpoint ({e}). Remove it to start afresh.'
         ) from e
-    check_same_recipe(
-        json.loads(state['recipe']), json.loads(json.dumps(self.recipe, default=str)), path
-    )
+    saved = json.loads(state['recipe'])
+    if saved and self.upgrade_recipe:
+        saved = self.upgrade_recipe(saved)
+    check_same_recipe(saved, json.loads(json.dumps(self.recipe, default=str)), path)
     for m, s in ((self.student, state['model']), (self.method, state['method'])):
         if diff := compare_state_dicts(m.state_dict(), s):
             raise ValueError(
