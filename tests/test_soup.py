@@ -331,7 +331,7 @@ def test_bad_input_is_named(world, tmp_path):
     (tmp_path / 'more.pth').write_bytes((tmp_path / 'eleven.pth').read_bytes())
     fails(
         ValueError,
-        'says what network it is',
+        'so their network is unknown',
         members=[str(tmp_path / 'eleven.pth'), str(tmp_path / 'more.pth')],
     )
     broken = load_weights(world / 's1' / 'model.safetensors')[0]
