@@ -31,7 +31,7 @@ test: venv ## run every page and run notebook (nbdev_test, smoke size), then pyt
 	[ $$pages = 0 ] && [ $$unit = 0 ]
 
 export: venv ## pages -> udanb/*.py, notebooks cleaned, README.md, list of public names
-	@nbdev_export && nbdev_clean && tools/quarto render nbs/index.ipynb -o README.md -t gfm && python tools/api.py
+	@nbdev_export && nbdev_clean && tools/quarto render nbs/index.ipynb -o README.md -t gfm && python tools/modules.py && python tools/api.py
 
 check: venv ## generated files equal the pages; format, packages, page sizes, density, docstrings
 	@bash tools/check.sh

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""How fast is data? Each step as the published code does it (re-created here from its description) against udanb's, in one run.
+"""How fast is data? Each step as the published code does it (re-created from its description) against udanb's.
 
     python bench/data.py            # about two minutes; prints the table and stores it as bench/data.md
     python bench/data.py --quick    # seconds, small files; checks that both ways give the same, stores nothing
 
-The files are drawn by `udanb.demo.render.scene` in the true sizes of GTA and Cityscapes, with noise that makes their PNGs as large as real ones. Everything
-runs in one process on one thread; times are CPU time, so they are times per core. The two ways take turns on the same work.
+The files are drawn by `udanb.demo.render.scene` in the true sizes of GTA and Cityscapes, with noise that
+makes their PNGs as large as real ones. Everything runs in one process on one thread; times are CPU time, so
+they are times per core. The two ways take turns on the same work.
 """
 
 import argparse
@@ -49,7 +50,7 @@ for _i, _t in CITYSCAPES_IDS.items():
     TO_ID[_t] = _i
 MEAN, STD = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
 
-# ---- files ------------------------------------------------------------------------------------------------------------------
+# ---- files --------------------------------------------------------------------------------------
 
 
 def photo(seed, domain, hw, noise):
@@ -96,7 +97,7 @@ def write_files(root, n_src, n_tgt, shrink):
         )
 
 
-# ---- the published ways, from their description -----------------------------------------------------------------------------
+# ---- the published ways, from their description -------------------------------------------------
 
 
 def masks(lbl):
@@ -153,7 +154,7 @@ def pipeline(img_path, lbl_path, box, crop, rng, cat_max=None):
     ), None if lbl is None else torch.from_numpy(lbl.astype(np.int64))
 
 
-# ---- measuring --------------------------------------------------------------------------------------------------------------
+# ---- measuring ----------------------------------------------------------------------------------
 
 
 def race(old, new, repeats, work):
@@ -396,11 +397,14 @@ class Bench:
             return f'{self.ms[a][i] - self.ms[b][j]:.0f}'
 
         def reads():
-            return f"{sum(a - b for a, b in (self.ms['read a GTA image'], self.ms['read a Cityscapes image'])):.0f} by the image decoder"
+            images = ('read a GTA image', 'read a Cityscapes image')
+            gain = sum(theirs - ours for theirs, ours in (self.ms[k] for k in images))
+            return f'{gain:.0f} by the image decoder'
 
         def redraws():
             return (
-                f'of {saved(rare, 0, rare, 1)} ms, {saved(rare, 0, plain, 0)} because a file is decoded once and only the crop drawn again '
+                f'of {saved(rare, 0, rare, 1)} ms, {saved(rare, 0, plain, 0)} because a file is decoded once '
+                'and only the crop drawn again '
                 f'(published: {sum(loads) / len(loads):.1f} loads per source image here), {reads()}'
             )
 
@@ -425,7 +429,9 @@ class Bench:
     def about(self, name, folder):
         "How many images, how large"
         ps = [folder.path(i) for i in range(len(folder))]
-        return f'{len(ps)} of {name}, {"×".join(map(str, read_image(ps[0]).shape[:2]))}, {sum(p.stat().st_size for p in ps) / len(ps) / 1e6:.1f} MB'
+        size = '×'.join(map(str, read_image(ps[0]).shape[:2]))
+        megabytes = sum(p.stat().st_size for p in ps) / len(ps) / 1e6
+        return f'{len(ps)} of {name}, {size}, {megabytes:.1f} MB'
 
     def table(self):
         head = (
@@ -455,12 +461,12 @@ def cpu():
 
 NOTE = """# Data: udanb against the published way, per core
 
-`python bench/data.py`: one process, one thread, CPU time; the two ways take turns {n} times on the same work. ms and ratio are medians
-over the turns, range is that of the ratio. Checked in the run: both ways give the same labels, statistics and areas; native and resized
-copies (of `prepare_data`) give the same batches.
+`python bench/data.py`: one process, one thread, CPU time; the two ways take turns {n} times on the same work.
+ms and ratio are medians over the turns, range is that of the ratio. Checked in the run: both ways give the
+same labels, statistics and areas; native and resized copies (of `prepare_data`) give the same batches.
 Files: {files}, drawn by `udanb.demo.render.scene`.
-`published way`: re-created from the description of DAFormer's code (mmsegmentation 0.16); target labels, which it loads and never uses,
-are left out on both sides.
+`published way`: re-created from the description of DAFormer's code (mmsegmentation 0.16); target labels,
+which it loads and never uses, are left out on both sides.
 Measured on {host}; whole run {s:.0f} s.
 
 {table}
@@ -477,7 +483,8 @@ def main(quick=False):
         files = ', '.join(b.about(n, f) for n, f in (('GTA', b.src), ('Cityscapes', b.tgt)))
     print(b.table())
     if not quick:
-        host = f'{cpu()}, Python {platform.python_version()}, OpenCV {cv2.__version__}, numpy {np.__version__}, torch {torch.__version__}'
+        libraries = f'OpenCV {cv2.__version__}, numpy {np.__version__}, torch {torch.__version__}'
+        host = f'{cpu()}, Python {platform.python_version()}, {libraries}'
         text = NOTE.format(
             n=b.repeats, files=files, host=host, s=time.time() - start, table=b.table()
         )

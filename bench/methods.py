@@ -1,19 +1,22 @@
 #!/usr/bin/env python3
-"""What does a training step of each method cost, in time and in memory? Relative to DAFormer; and CLUDA's contrast in chunks.
+"""What does a training step of each method cost, in time and memory? Relative to DAFormer; CLUDA's contrast in chunks.
 
     python bench/methods.py             # minutes; prints the tables and stores them as bench/methods.md
     python bench/methods.py --quick     # seconds: two recipes at 64², stores nothing
     python bench/methods.py --turns 3 --recipes daformer mic --size 512       # a part, or another size; stores nothing
 
-Timed is `Trainer.step` and nothing else: the teacher's update and labels, all views, forwards and backwards, AdamW. Images are noise, labels
-blocks of random classes; loading, scores and checkpoints are not in it. One thread, fp32, CPU. All recipes of a network take turns in one process,
-each turn beginning with another recipe, so a busy machine slows all of them; ratios are taken within a turn. Every step is the one at half of the
-run's length (CLUDA aims its detail, the teacher's decay is the final one).
-Memory is that of a process per recipe, forked off before anything has been computed, its libraries warmed by two steps at 64² whose memory is
-then given back (malloc_trim; Linux with glibc is needed). `peak` is the highest resident size (VmHWM) during the first two steps above the size
-before them: AdamW's moments, gradients, activations, scratch space, and what the allocator wastes. Of a third step: `tensors` is the most that torch
-had allocated above what it had before it, `saved` the most that autograd kept at one time (each storage once; parameters, buffers and the loader's
-tensors not counted). `held` is what lies there between steps: student, teacher, frozen encoder, banks, without AdamW's moments.
+Timed is `Trainer.step` and nothing else: the teacher's update and labels, all views, forwards and backwards,
+AdamW. Images are noise, labels blocks of random classes; loading, scores and checkpoints are not in it. One
+thread, fp32, CPU. All recipes of a network take turns in one process, each turn beginning with another
+recipe, so a busy machine slows all of them; ratios are taken within a turn. Every step is the one at half of
+the run's length (CLUDA aims its detail, the teacher's decay is the final one).
+Memory is that of a process per recipe, forked off before anything has been computed, its libraries warmed by
+two steps at 64² whose memory is then given back (malloc_trim; Linux with glibc is needed). `peak` is the
+highest resident size (VmHWM) during the first two steps above the size before them: AdamW's moments,
+gradients, activations, scratch space, and what the allocator wastes. Of a third step: `tensors` is the most
+that torch had allocated above what it had before it, `saved` the most that autograd kept at one time (each
+storage once; parameters, buffers and the loader's tensors not counted). `held` is what lies there between
+steps: student, teacher, frozen encoder, banks, without AdamW's moments.
 """
 
 import argparse
@@ -55,7 +58,8 @@ NETS = dict(  # recipe fields; lite0 as in the settings of town, MiT-B0 with the
     mit_b0=dict(backbone='mit_b0', weights=None),
 )
 SAID = dict(
-    tf_efficientnet_lite0='tf_efficientnet_lite0 with ImageNet weights and frozen BatchNorm statistics, DAFormer head of 64 channels',
+    tf_efficientnet_lite0='tf_efficientnet_lite0 with ImageNet weights and frozen BatchNorm statistics, '
+    'DAFormer head of 64 channels',
     mit_b0='mit_b0 with random weights, DAFormer head of 256 channels',
 )
 
@@ -77,7 +81,7 @@ RUNS = {
 BASE = 'daformer'  # that all others are divided by
 ASKED = dict(mic=1.5, dida=1.3, cluda=1.5)  # times DAFormer's time
 
-# ---- a step -----------------------------------------------------------------------------------------------------------------
+# ---- a step -------------------------------------------------------------------------------------
 
 
 def noise(size, seed, labels, batch=2):
@@ -157,7 +161,7 @@ def times(names, net, size, turns):
     return got
 
 
-# ---- memory, in processes of their own --------------------------------------------------------------------------------------
+# ---- memory, in processes of their own ----------------------------------------------------------
 
 
 def status(key):
@@ -177,7 +181,8 @@ def climb(f):
     low, top = status('VmRSS'), status('VmHWM')
     if top > low + MB:
         raise RuntimeError(
-            f'VmHWM is {(top - low) / MB:.0f} MiB above VmRSS after its reset: this kernel does not reset it, peaks cannot be measured'
+            f'VmHWM is {(top - low) / MB:.0f} MiB above VmRSS after its reset: '
+            'this kernel does not reset it, peaks cannot be measured'
         )
     f()
     return status('VmHWM') - low
@@ -284,7 +289,7 @@ def memory(name, net, size):
     )
 
 
-# ---- CLUDA's contrast -------------------------------------------------------------------------------------------------------
+# ---- CLUDA's contrast ---------------------------------------------------------------------------
 
 
 def cells(side, batch=2, dim=256):
@@ -312,7 +317,7 @@ def there_and_back(xs, chunk):
 
 
 def contrast(side, chunk):
-    "In a child: CPU and wall seconds of forward and backward, MiB above what was there, loss and sizes of the gradients to compare"
+    "In a child: seconds of forward and backward, MiB above what was there, loss and gradient norms"
     there_and_back(cells(5), chunk)
     xs, got = cells(side), {}
 
@@ -349,7 +354,7 @@ def child(f, *args):
     return json.loads(text)
 
 
-# ---- tables -----------------------------------------------------------------------------------------------------------------
+# ---- tables -------------------------------------------------------------------------------------
 
 med = statistics.median
 
@@ -408,9 +413,11 @@ def steps_table(ms, ts):
 
     text = table(HEAD, [row(n) for n in ts])
     if {'hrda', 'cluda_hrda'} <= ts.keys():
+        cpu_ratio, wall_ratio = (med(ratios('cluda_hrda', 'hrda', i)) for i in (0, 1))
+        peak_ratio = ms['cluda_hrda']['peak'] / ms['hrda']['peak']
         text += (
-            f"\n\n`cluda_hrda` over `hrda`: CPU × {med(ratios('cluda_hrda', 'hrda', 0)):.2f}, wall × {med(ratios('cluda_hrda', 'hrda', 1)):.2f}, "
-            f"peak × {ms['cluda_hrda']['peak'] / ms['hrda']['peak']:.2f}."
+            f'\n\n`cluda_hrda` over `hrda`: CPU × {cpu_ratio:.2f}, wall × {wall_ratio:.2f}, '
+            f'peak × {peak_ratio:.2f}.'
         )
     return text
 
@@ -460,20 +467,24 @@ def cpu():
 
 NOTE = """# Methods: cost of a training step relative to DAFormer
 
-`python bench/methods.py`: one thread, fp32, CPU, 2 source and 2 target images of {size}². The script says what is measured; s are medians over
-{turns} turns, × are medians over the turns of this recipe's time over `{base}`'s in the same turn, range is that of the CPU ×.
-`peak`: highest resident size above that before two steps, in a fresh process. `tensors`: the most that torch allocates during a later step. `saved`:
-the most that autograd keeps at one time. `held`: student, teacher, frozen encoder and banks, which are in none of the others.
-An HRDA recipe sees the same images: context of half the size, detail of half the side, nine windows of that for the teacher.
+`python bench/methods.py`: one thread, fp32, CPU, 2 source and 2 target images of {size}². The script says
+what is measured; s are medians over {turns} turns, × are medians over the turns of this recipe's time over
+`{base}`'s in the same turn, range is that of the CPU ×. `peak`: highest resident size above that before two
+steps, in a fresh process. `tensors`: the most that torch allocates during a later step. `saved`: the most
+that autograd keeps at one time. `held`: student, teacher, frozen encoder and banks, which are in none of the
+others. An HRDA recipe sees the same images: context of half the size, detail of half the side, nine windows
+of that for the teacher.
 Measured on {host}; whole run {s:.0f} s.
 
 {tables}
 
 ## CLUDA's contrast in chunks, {n} cells of 256 numbers
 
-Forward and backward of `chunked_contrast` with context, detail and weights, N = 2·{side}² (the published grid: stride 16 on 1024²), each in a fresh
-process, {cturns} interleaved turns, medians; memory is above that of the cells, their gradients included. One N×N matrix of floats has {nn:.0f} MiB; in
-chunks there are only slices of chunk×N. The last column is `tensors` over that. Checked in the run: loss and norms of the gradients agree to 1e-4.
+Forward and backward of `chunked_contrast` with context, detail and weights, N = 2·{side}² (the published
+grid: stride 16 on 1024²), each in a fresh process, {cturns} interleaved turns, medians; memory is above that
+of the cells, their gradients included. One N×N matrix of floats has {nn:.0f} MiB; in chunks there are only
+slices of chunk×N. The last column is `tensors` over that. Checked in the run: loss and norms of the gradients
+agree to 1e-4.
 
 {contrast}
 """

@@ -3,10 +3,12 @@
 
     OMP_NUM_THREADS=2 python bench/networks.py [--repeats 5] [--size 512] [--batch 1]
 
-One forward and backward in training mode, fp32, random weights, no stochastic depth. All contestants take turns within each repeat, so a busy
-machine slows all of them; times are medians over the repeats. `cpu` is processor time of all threads, which other processes disturb least.
-`saved` is what autograd keeps between forward and backward (each storage once, parameters and input not counted), `peak` the largest resident
-size of a child process that does nothing else, above its size before the first step (on a GPU: allocated memory). Needs `transformers`.
+One forward and backward in training mode, fp32, random weights, no stochastic depth. All contestants take
+turns within each repeat, so a busy machine slows all of them; times are medians over the repeats. `cpu` is
+processor time of all threads, which other processes disturb least. `saved` is what autograd keeps between
+forward and backward (each storage once, parameters and input not counted), `peak` the largest resident size
+of a child process that does nothing else, above its size before the first step (on a GPU: allocated memory).
+Needs `transformers`.
 """
 
 import argparse
@@ -227,7 +229,8 @@ def main(a):
     lines = [
         f'# Networks: forward + backward, {a.batch}×{a.size}², fp32, {where}, torch {torch.__version__}',
         '',
-        f'`OMP_NUM_THREADS=2 python bench/networks.py --repeats {a.repeats}`; medians of {a.repeats} interleaved repeats.',
+        f'`OMP_NUM_THREADS=2 python bench/networks.py --repeats {a.repeats}`; '
+        f'medians of {a.repeats} interleaved repeats.',
         'The script says what the columns are; ratio = time (cpu time) of that contestant over udanb\'s.',
         '',
     ]
@@ -258,7 +261,8 @@ def main(a):
             wall, cpu = (statistics.median(t) for t in zip(*times[k]))
             w0, c0 = (statistics.median(t) for t in zip(*times[k[0], 'udanb']))
             kept, top = saved(f, tensors_of(f)), peak(a, name, k)
-            row = f'| {k[0]} | {k[1]} | {wall:.3f} | {cpu:.3f} | {wall / w0:.2f} ({cpu / c0:.2f}) | {kept:.0f} | {top:.0f} |'
+            ratio = f'{wall / w0:.2f} ({cpu / c0:.2f})'
+            row = f'| {k[0]} | {k[1]} | {wall:.3f} | {cpu:.3f} | {ratio} | {kept:.0f} | {top:.0f} |'
             lines.append(row)
             print(row, flush=True)
         lines.append('')

@@ -6,9 +6,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from udanb.core.labels import *
+from udanb.core.labels import CAMVID11, CAMVID_MERGE, CITYSCAPES19, SYNTHIA16
 from udanb.core.types import IGNORE
-from udanb.data.catalog import *
+from udanb.data.catalog import (
+    ACDC,
+    CITYSCAPES,
+    DARK_ZURICH,
+    DATASETS,
+    GTA,
+    MAPILLARY_NAMES,
+    SYNSCAPES,
+    SYNTHIA,
+    mapillary_class,
+)
 from udanb.data.custom import (
     _partner,
     parse_dataset_spec,
@@ -17,6 +27,7 @@ from udanb.data.custom import (
     write_dummy_dataset,
 )
 from udanb.data.datasets import SegDataset
+from udanb.data.pairs import PAIRS, get_pair
 
 PAPER = (
     7,
@@ -224,27 +235,27 @@ def test_cityscapes_kinds_agree(tmp_path):
 
 
 def test_pairs():
-    g = find_pair('gta')
+    g = get_pair('gta')
     assert (g.name, g.space, g.merge) == ('gta-cityscapes', CITYSCAPES19, {}) and (
         g.sources[0].image_size,
         g.targets[0].image_size,
     ) == ((720, 1280), (512, 1024))
-    t = find_pair('town')
+    t = get_pair('town')
     assert (t.targets[0].name, t.space, t.merge) == ('camvid', CAMVID11, CAMVID_MERGE)
-    assert find_pair('gta', 'cityscapes') == g and find_pair('demo', 'demo') == find_pair('demo')
-    assert find_pair('gta', 'camvid').space is CAMVID11
+    assert get_pair('gta', 'cityscapes') == g and get_pair('demo', 'demo') == get_pair('demo')
+    assert get_pair('gta', 'camvid').space is CAMVID11
     assert (
-        find_pair('synthia').space is SYNTHIA16 and find_pair('synthia', 'camvid').space is CAMVID11
+        get_pair('synthia').space is SYNTHIA16 and get_pair('synthia', 'camvid').space is CAMVID11
     )
     with pytest.raises(ValueError, match="did you mean 'gta'"):
-        find_pair('gtaa')
+        get_pair('gtaa')
     with pytest.raises(ValueError, match="did you mean 'cityscapes'"):
-        find_pair('gta', 'cityscape')
+        get_pair('gta', 'cityscape')
 
 
 def test_ddbs_settings(tmp_path):
     "Two sources, two targets: concatenated, evaluated apart"
-    p = find_pair(['gta', 'synscapes'], ['cityscapes', 'mapillary'], weights=[3, 1])
+    p = get_pair(['gta', 'synscapes'], ['cityscapes', 'mapillary'], weights=[3, 1])
     for s in (*p.sources, *p.targets):
         write_dummy_dataset(s, tmp_path, n=3)
     src, tgt, vals = p.folders(tmp_path)
@@ -255,13 +266,13 @@ def test_ddbs_settings(tmp_path):
         and len(vals['mapillary']) == 3
     )
     assert np.allclose(src.share, [0.25] * 3 + [0.25 / 3] * 3)
-    assert find_pair(['gta', 'synscapes']).targets == (CITYSCAPES,)
+    assert get_pair(['gta', 'synscapes']).targets == (CITYSCAPES,)
     assert np.array_equal(src.label(0), SegDataset(GTA, tmp_path).label(0))
 
 
 def test_target_without_any_label(tmp_path):
     own = dict(mine=dict(images='*.png'))
-    p = find_pair('gta', 'mine', own)
+    p = get_pair('gta', 'mine', own)
     write_dummy_dataset(GTA, tmp_path)
     write_dummy_dataset(p.targets[0], tmp_path)
     src, tgt, vals = p.folders(tmp_path)
@@ -377,9 +388,9 @@ def test_own_pair_needs_common_classes():
         b=dict(images='*.png', space='cityscapes19'),
     )
     with pytest.raises(ValueError, match='give both the same `space`'):
-        find_pair('a', 'b', own)
+        get_pair('a', 'b', own)
     own['b']['space'] = own['a']['space']
-    assert find_pair('a', 'b', own).space == parse_label_space(own['a']['space'])
+    assert get_pair('a', 'b', own).space == parse_label_space(own['a']['space'])
 
 
 def test_own_merge_and_known_spaces():

@@ -15,12 +15,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from udanb.core.image_io import *
+from udanb.core.image_io import read_image, read_image_size, read_label
 from udanb.core.labels import CAMVID11, CAMVID_MERGE, CITYSCAPES19, ZEROWASTE5
 from udanb.core.types import IGNORE
 from udanb.core.utils import project_root
-from udanb.data.catalog import *
-from udanb.data.datasets import *
+from udanb.data.catalog import CITYSCAPES, DATASETS, GTA, TOWN, ZEROWASTE_V1
+from udanb.data.datasets import LabelFiles, SegDataset, SegSpec
+from udanb.data.pairs import PAIRS
 
 SHARED = project_root(Path(__file__).parent).parent / 'shared' / 'data'
 needs_shared = pytest.mark.skipif(

@@ -10,7 +10,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from udanb.core.image_io import *
+from udanb.core.image_io import (
+    CITYSCAPES_NAMES,
+    read_color_label,
+    read_image,
+    read_label,
+    read_last_channel,
+    read_polygon_label,
+)
 
 hyp = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -11,8 +11,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from udanb.core.labels import *
-from udanb.core.labels import UNDECLARED_ID
+from udanb.core.labels import (
+    CAMVID11,
+    CAMVID_MERGE,
+    CITYSCAPES19,
+    CITYSCAPES_IDS,
+    CITYSCAPES_VOID,
+    LABEL_SPACES,
+    SYNTHIA13,
+    SYNTHIA16,
+    SYNTHIA_IDS,
+    SYNTHIA_VOID,
+    UNDECLARED_ID,
+    LabelSpace,
+    bincount_ids,
+    chain_id_maps,
+    make_lookup_table,
+    remap,
+    train_id_map,
+)
 from udanb.core.types import IGNORE
 from udanb.core.utils import project_root
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from udanb.core.charts import show_class_freq, show_curves, show_iou
 from udanb.core.labels import CAMVID11, CITYSCAPES19, LABEL_SPACES
-from udanb.core.plots import *
+from udanb.core.plots import overlay, save_figure, show_panel, show_sample, show_step
 from udanb.core.types import IGNORE, Sample, normalize
 
 

@@ -117,6 +117,19 @@ def test_readme_is_index_page(tmp_path):
     assert made.read_text() == README.read_text(), 'run make export'
 
 
+def test_contributing_maps_every_module(tmp_path):
+    "The module map is what tools/modules.py writes; without its markers the script refuses"
+    text = (ROOT / 'CONTRIBUTING.md').read_text()
+    (tmp_path / 'C.md').write_text(
+        re.sub(r'(?s)(tools/modules.py -->).*(<!-- end)', r'\1\n\2', text)
+    )
+    r = sh(sys.executable, 'tools/modules.py', tmp_path / 'C.md')
+    assert r.returncode == 0, r.stderr
+    assert (tmp_path / 'C.md').read_text() == text, 'run make export'
+    (tmp_path / 'C.md').write_text('no markers')
+    assert 'markers' in sh(sys.executable, 'tools/modules.py', tmp_path / 'C.md').stderr
+
+
 def test_readme_links_lead_somewhere():
     "Relative links and pictures work on the repository's front page and, from nbs/, on the site's"
     links = re.findall(r'\]\((?!https?:|#)([^)#\s]+)', README.read_text())

@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
 
-made=(udanb README.md nbs)
+made=(udanb README.md CONTRIBUTING.md nbs)
 state() {
     git diff -- "${made[@]}"
     git ls-files -o --exclude-standard -- "${made[@]}" | sort | xargs -r -d '\n' sha1sum
@@ -16,6 +16,7 @@ state >"$before"
 nbdev_export
 nbdev_clean
 python tools/quarto render nbs/index.ipynb -o README.md -t gfm
+python tools/modules.py
 state >"$after"
 if ! diff "$before" "$after"; then
     echo "Generated files were not what the pages say (above: what 'make export' changed)." \

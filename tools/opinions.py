@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 
 from udanb.core.storage import read_json
-from udanb.core.utils import progress_bar, resolve, upsample
+from udanb.core.utils import progress_bar, resize_map, resolve
 from udanb.data.loaders import eval_loader
 from udanb.data.transforms import EvalTransform
 from udanb.inference.metrics import ConfusionMatrix, iou_dict
@@ -53,9 +53,9 @@ def filled(net, loader, n, edge):
 def opinions(net, bank, img, tau):
     "Probabilities (1,C,H,W) of the classifier, of the bank, and their mean"
     out, size = net(img), img.shape[-2:]
-    classifier = upsample(out.logits, size).softmax(1)
+    classifier = resize_map(out.logits.float(), size).softmax(1)
     profiles = bank.similarities(out.fused, tau).softmax(1)
-    masses = upsample(profile_to_class_probs(profiles, bank.label, bank.n), size)
+    masses = resize_map(profile_to_class_probs(profiles, bank.label, bank.n).float(), size)
     return dict(classifier=classifier, bank=masses, mean=(classifier + masses) / 2)
 
 
@@ -68,7 +68,7 @@ def confusions(net, bank, recipe, vals, space, args):
             if i % args.every:
                 continue
             for name, probs in opinions(net, bank, sample.img, args.tau).items():
-                predicted = upsample(probs, lbl.shape[-2:]).argmax(1)
+                predicted = resize_map(probs.float(), lbl.shape[-2:]).argmax(1)
                 found[name].update(predicted, lbl[None])
     return found
 

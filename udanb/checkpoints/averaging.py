@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .weights import load_weights, network_path, save_weights
 from ..core.state_dicts import compare_state_dicts, format_key_diff, weights_hash
 from ..core.types import Sample
-from ..core.utils import eval_mode, progress_bar
+from ..core.utils import eval_mode, module_device, progress_bar
 
 # %% ../../nbs/checkpoints/01_averaging.ipynb #dc6212b5
 def _averaged(t):
@@ -143,7 +143,7 @@ def update_bn(
     momenta = [m.momentum for m in bns]
     old = [copy.deepcopy(m.state_dict()) for m in bns]
     n = 0
-    device = device or next((p.device for p in net.parameters()), torch.device('cpu'))
+    device = device or module_device(net)
     try:
         with eval_mode(net):
             for m in bns:

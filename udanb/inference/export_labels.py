@@ -21,6 +21,7 @@ from ..core.types import IGNORE, normalize
 from udanb.core.utils import (
     eval_mode,
     lookup,
+    module_device,
     progress_bar,
     read_error_message,
     resolve,
@@ -157,7 +158,7 @@ def export_pseudo(
     "Write a pseudo-label for each image, in the image's own size; finished ones are not made again"
     out = resolve(out)
     t = class_thresholds(space, threshold)
-    dev = device or next((p.device for p in net.parameters()), 'cpu')
+    dev = device or module_device(net)
     files = _files(folder, out, space)
     _check_export_settings(
         out,

@@ -20,8 +20,15 @@ from ..core.labels import colorize
 from ..core.state_dicts import weights_hash
 from ..core.storage import atomic_write, read_json, write_json
 from ..core.types import normalize
-from ..core.utils import eval_mode, progress_bar, read_error_message, stable_repr, warn_skipped
-from .predict import _classes, _device, _forward
+from udanb.core.utils import (
+    eval_mode,
+    module_device,
+    progress_bar,
+    read_error_message,
+    stable_repr,
+    warn_skipped,
+)
+from .predict import _classes, _forward
 
 # %% ../../nbs/inference/03_folder.ipynb #995a8f27
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff')
@@ -116,7 +123,7 @@ def predict_folder(
     "Write a label and a colour PNG for each image, in the image's own size; finished ones are not made again"
     out = Path(out).resolve()
     forward = _forward(mode, crop, stride)
-    device = device or _device(net)
+    device = device or module_device(net)
     ids = np.arange(256, dtype=np.uint8)
     if train_ids and space.train_ids:
         ids[: len(space)] = space.train_ids

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.types import Sample, normalize
-from ..core.utils import eval_mode, progress_bar
+from ..core.utils import eval_mode, module_device, progress_bar
 from .folder import list_images
 from .predict import sliding_logits, whole_logits
 
@@ -89,10 +89,8 @@ def label_free(
     quiet=False,  # no bar
 ) -> dict:  # entropy, balance, info, each in [0,1]
     "Scores of a network on images without labels"
-    count, device = (
-        PredictiveEntropy(n),
-        next((p.device for p in net.parameters()), torch.device('cpu')),
-    )
+    count = PredictiveEntropy(n)
+    device = module_device(net)
     with eval_mode(net):
         for x in progress_bar(_samples(src, tfm), 'label-free', quiet=quiet):
             img = x.img.to(device)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.utils import eval_mode, lookup, progress_bar, upsample
+from ..core.utils import eval_mode, lookup, module_device, progress_bar, resize_map
 
 # %% ../../nbs/inference/00_predict.ipynb #faebb748
 def whole_logits(
@@ -20,7 +20,7 @@ def whole_logits(
     img: Tensor,  # (B,3,H,W) float, ImageNet-normalised
 ) -> Tensor:  # (B,C,H,W) logits
     "One forward over the whole image, logits at input size"
-    return upsample(net(img).logits, img.shape[-2:])
+    return resize_map(net(img).logits.float(), img.shape[-2:])
 
 
 def predict(
@@ -30,7 +30,7 @@ def predict(
 ) -> Tensor:  # (B,C,H,W) probabilities
     "Class probabilities of whole images; softmax comes after the last scaling, as in DAFormer"
     with eval_mode(net):
-        return upsample(whole_logits(net, img), size or img.shape[-2:]).softmax(1)
+        return resize_map(whole_logits(net, img).float(), size or img.shape[-2:]).softmax(1)
 
 # %% ../../nbs/inference/00_predict.ipynb #2b36a51a
 def _pair(x):
@@ -93,10 +93,6 @@ def _forward(mode, crop, stride):
     return partial(sliding_logits, crop=crop, stride=stride)
 
 
-def _device(net):
-    return next((p.device for p in net.parameters()), torch.device('cpu'))
-
-
 def _classes(
     logits: Tensor,  # (B,C,h,w)
     size,  # (H,W) of the answer
@@ -112,7 +108,7 @@ def _classes(
         raise FloatingPointError(
             f'{name}: the network returned NaN or infinity; are its weights those of a run that diverged?'
         )
-    return upsample(logits, size).argmax(1)
+    return resize_map(logits.float(), size).argmax(1)
 
 # %% ../../nbs/inference/00_predict.ipynb #f1bbbf7c
 def evaluate(
@@ -128,7 +124,7 @@ def evaluate(
 ):  # the same `conf`, filled
     "Predict every image at the size of its label and count; errors name the image"
     forward = _forward(mode, crop, stride)
-    device = device or _device(net)
+    device = device or module_device(net)
     seen = 0
     with eval_mode(net):
         for x, lbl in progress_bar(loader, desc, quiet=quiet):

@@ -8,7 +8,7 @@ __all__ = ['TTA_SCALES', 'scaled_size', 'predict_view', 'tta', 'predict_probabil
 # %% ../../nbs/inference/02_tta.ipynb #bf6ef767
 from torch import Tensor, nn
 
-from ..core.utils import eval_mode, lookup, upsample
+from ..core.utils import eval_mode, lookup, resize_map
 from .predict import sliding_logits, whole_logits
 
 # %% ../../nbs/inference/02_tta.ipynb #12d820ea
@@ -33,11 +33,11 @@ def predict_view(
     stride=None,  # windows as in `infer.sliding_logits`; None = the whole view
 ) -> Tensor:  # (B,C,H,W) probabilities, not mirrored
     "What the network says about the image at one size"
-    x = upsample(img, size)
+    x = resize_map(img.float(), size)
     if flip:
         x = x.flip(-1)
     logits = whole_logits(net, x) if crop is None else sliding_logits(net, x, crop, stride)
-    prob = upsample(logits, img.shape[-2:]).softmax(1)
+    prob = resize_map(logits.float(), img.shape[-2:]).softmax(1)
     return prob.flip(-1) if flip else prob
 
 # %% ../../nbs/inference/02_tta.ipynb #bf6d76b3
@@ -85,7 +85,7 @@ def predict_probabilities(
                 raise ValueError(
                     f'mode {mode} is a function and cuts its own windows: give crop and stride to it'
                 )
-            p = upsample(mode(net, img), size)
+            p = resize_map(mode(net, img).float(), size)
             odd = p.isfinite().all() and (p.min() < -1e-4 or (p.sum(1) - 1).abs().max() > 1e-3)
             if odd:
                 raise ValueError(
@@ -94,7 +94,8 @@ def predict_probabilities(
             return p
         if lookup(mode, ('whole', 'slide'), 'mode') == 'slide' and crop is None:
             raise ValueError("mode='slide' needs crop, the side of the window in pixels")
-        return upsample(
-            whole_logits(net, img) if mode == 'whole' else sliding_logits(net, img, crop, stride),
-            size,
-        ).softmax(1)
+        if mode == 'whole':
+            logits = whole_logits(net, img)
+        else:
+            logits = sliding_logits(net, img, crop, stride)
+        return resize_map(logits.float(), size).softmax(1)

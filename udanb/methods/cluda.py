@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.types import IGNORE, Sample, SegOutput
-from ..core.utils import upsample
+from ..core.utils import resize_map
 from ..inference.predict import sliding_windows
 from ..training.trainer import Method
 
@@ -165,7 +165,7 @@ class ScaleWeightHead(nn.Module):
         feats,  # maps (B,channels[i],h_i,w_i), finest first
     ) -> Tensor:  # (B,1,h_0,w_0) in (0,1)
         return self.top(
-            sum(upsample(e(f), feats[0].shape[-2:]) for e, f in zip(self.embed, feats))
+            sum(resize_map(e(f).float(), feats[0].shape[-2:]) for e, f in zip(self.embed, feats))
         ).sigmoid()
 
 # %% ../../nbs/methods/04_cluda.ipynb #352605fc

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ..checkpoints.weights import load_weights_into
 from ..core.state_dicts import weights_hash
 from ..core.types import IGNORE, Sample
-from ..core.utils import lookup, resolve, upsample
+from ..core.utils import lookup, resize_map, resolve
 from udanb.methods.prototypes import (
     Ensemble,
     Prototypes,
@@ -136,7 +136,7 @@ def soft_targets(
         return g / g.sum(1, keepdim=True)
 
     def weigh(o, m):
-        return upsample(o.logits, size) * (
+        return resize_map(o.logits.float(), size) * (
             1.0 if m is None else prototype_weights(o.fused, m, size, parity=True)
         )
 
@@ -160,7 +160,7 @@ class DistillationLoss(nn.Module):
     def forward(self, out, x, step=None) -> Tensor:  # scalar
         if not self.soft:
             return self.ce(out, x)
-        logp = (upsample(out.logits, x.lbl.shape[-2:]) / self.T).log_softmax(1)
+        logp = (resize_map(out.logits.float(), x.lbl.shape[-2:]) / self.T).log_softmax(1)
         kl = (
             self.T**2 * F.kl_div(logp, x.prob, reduction='none').sum(1) * (known := x.lbl != IGNORE)
         )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.types import IGNORE, Sample
-from ..core.utils import upsample
+from ..core.utils import resize_map
 from udanb.methods.instance_bank import (
     InstanceBank,
     class_candidates,
@@ -150,9 +150,11 @@ class InstanceLoss(nn.Module):
             return self.published(out, step)
         b, size = self.bank, out.fused.shape[-2:]
         with torch.no_grad():
-            logp = upsample(step.teacher_output.logits, size).log_softmax(1)
+            logp = resize_map(step.teacher_output.logits.float(), size).log_softmax(1)
             goal = class_corrected_profile(
-                b.similarities(upsample(step.teacher_output.fused, size), self.tau), logp, b.label
+                b.similarities(resize_map(step.teacher_output.fused.float(), size), self.tau),
+                logp,
+                b.label,
             )
             wgt, labelled = self.weights(x, step, logp)
         loss = -(goal * b.similarities(out.fused, self.tau).log_softmax(1)).sum(1)
@@ -165,8 +167,8 @@ def published(self: InstanceLoss, out, step) -> Tensor:
     b, size = self.bank, out.fused.shape[-2:]
     with torch.no_grad():
         t = (
-            b.similarities(upsample(step.teacher_output.fused, size), None)
-            * upsample(out.logits, size)[:, b.label]
+            b.similarities(resize_map(step.teacher_output.fused.float(), size), None)
+            * resize_map(out.logits.float(), size)[:, b.label]
         )
         total = t.sum(1, keepdim=True)
         t = t / torch.where(total < 0, total.clamp(max=-1e-6), total.clamp(min=1e-6))
@@ -207,8 +209,8 @@ class BankCalibratedView(nn.Module):
         q = s.softmax(1) if self.tau else s / s.sum(1, keepdim=True).clamp(min=1e-6)
         size, beta = tgt.img.shape[-2:], (1 - self.alpha) * b.occupancy()
         p, a = (
-            upsample(o.logits, size).softmax(1),
-            upsample(profile_to_class_probs(q, b.label, b.n), size),
+            resize_map(o.logits.float(), size).softmax(1),
+            resize_map(profile_to_class_probs(q, b.label, b.n).float(), size),
         )
         if not self.parity:
             return replace(t.label(tgt, o), lbl=((1 - beta) * p + beta * a).argmax(1))

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ..checkpoints.weights import load_weights, save_weights
 from ..core.state_dicts import load_torch_file, weights_hash
 from ..core.types import IGNORE, SegOutput
-from ..core.utils import eval_mode, progress_bar, resolve, upsample
+from ..core.utils import eval_mode, module_device, progress_bar, resize_map, resolve
 
 # %% ../../nbs/methods/02_prototypes.ipynb #fb9189db
 def class_mean_embeddings(
@@ -69,7 +69,7 @@ class Prototypes:
         wgt=None,  # (B,H,W), 0 = does not count
     ):
         "Take in a batch"
-        lbl = upsample(out.logits, size).argmax(1)
+        lbl = resize_map(out.logits.float(), size).argmax(1)
         if wgt is not None:
             lbl = lbl.masked_fill(wgt == 0, IGNORE)
         for v, px in zip(*(t.cpu() for t in class_mean_embeddings(out.fused, lbl, len(self.mean)))):
@@ -87,7 +87,8 @@ def find_prototypes(
     quiet=True,  # no progress bar
 ) -> Prototypes:
     "Ask a network about the target; its modules keep their modes"
-    protos, dev = None, next(net.parameters()).device
+    protos = None
+    dev = module_device(net)
     with eval_mode(net):
         for x in progress_bar(samples, 'prototypes', quiet=quiet):
             x = x.to(dev)
@@ -149,8 +150,10 @@ def distances(
     "Euclidean distance of each cell to each prototype"
     with torch.autocast(f.device.type, enabled=False):
         f, mean = f.float(), mean.to(f.device, torch.float32)
-        dot = upsample(torch.einsum('bdhw,cd->bchw', f, mean), size)
-        norm = sum(upsample(part, size).square().sum(1, keepdim=True) for part in f.split(32, 1))
+        dot = resize_map(torch.einsum('bdhw,cd->bchw', f, mean).float(), size)
+        norm = sum(
+            resize_map(part.float(), size).square().sum(1, keepdim=True) for part in f.split(32, 1)
+        )
         return (norm - 2 * dot + mean.square().sum(1)[:, None, None]).clamp(min=0).sqrt()
 
 # %% ../../nbs/methods/02_prototypes.ipynb #ab957349
@@ -169,7 +172,7 @@ def prototype_weights(
     d = distances(f, mean, size if parity else grid)
     if not parity:
         d = d.masked_fill(~mean.to(d.device).any(1)[:, None, None], torch.inf)
-    return upsample((-d).softmax(1), size)
+    return resize_map((-d).softmax(1).float(), size)
 
 
 def weighted_probs(
@@ -181,7 +184,7 @@ def weighted_probs(
     T=1.0,  # temperature of the probabilities
 ) -> Tensor:  # (B,C,H,W), sums to less than 1
     "Probabilities times trust"
-    p = (upsample(out.logits, size) / T).softmax(1)
+    p = (resize_map(out.logits.float(), size) / T).softmax(1)
     return p if mean is None else p * prototype_weights(out.fused, mean, size, stride, parity)
 
 # %% ../../nbs/methods/02_prototypes.ipynb #9d561543
@@ -251,7 +254,7 @@ def teacher_agreement(
     img: Tensor,  # (B,3,H,W)
 ) -> dict:  # shares of the pixels: teachers agree, the prototypes change the label
     "How different the teachers are, and how much their prototypes matter"
-    ps = [upsample(t(img).logits, img.shape[-2:]).softmax(1) for t in ensemble.frozen]
+    ps = [resize_map(t(img).logits.float(), img.shape[-2:]).softmax(1) for t in ensemble.frozen]
     own = torch.stack([p.argmax(1) for p in ps])
 
     def share(m):

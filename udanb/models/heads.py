@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.utils import lookup
+from ..core.utils import lookup, resize_map
 from udanb.models.layers import (
     ChannelLinear,
     ConvBN,
     SepConvBN,
     classifier,
     dilated_depthwise_conv,
-    resize,
 )
 
 # %% ../../nbs/models/03_heads.ipynb #16d60070
@@ -35,7 +34,7 @@ def fused_1x1_conv(
         conv.weight.flatten(1).split([e.proj.out_features for e in embeds], 1),
     )
     return sum(
-        resize(F.conv2d(f, (w @ e.proj.weight)[:, :, None, None], w @ e.proj.bias), size)
+        resize_map(F.conv2d(f, (w @ e.proj.weight)[:, :, None, None], w @ e.proj.bias), size)
         for w, e, f in zip(parts, embeds, feats)
     )
 
@@ -160,7 +159,7 @@ class DAFormerHead(nn.Module):
 
         if isinstance(f, ConvBN):
             return f.relu(f.bn(point(f.conv)))
-        return f([resize(e(x), size) for e, x in zip(self.embed_layers, feats)], point)
+        return f([resize_map(e(x), size) for e, x in zip(self.embed_layers, feats)], point)
 
     def forward(
         self,
@@ -258,13 +257,15 @@ class UPerHead(nn.Module):
     ) -> tuple:  # logits (B,n_classes,h_0,w_0), fused (B,ch,h_0,w_0), {'fcn': (B,n_classes,h_2,w_2)} in training
         last = feats[-1]
         x = self.bottleneck(
-            torch.cat([last] + [resize(m(last), last.shape[-2:]) for m in self.psp_modules], 1)
+            torch.cat([last] + [resize_map(m(last), last.shape[-2:]) for m in self.psp_modules], 1)
         )
         outs = [x]
         for conv, out, f in zip(self.lateral_convs[::-1], self.fpn_convs[::-1], feats[-2::-1]):
-            x = conv(f) + resize(x, f.shape[-2:])
+            x = conv(f) + resize_map(x, f.shape[-2:])
             outs.insert(0, out(x))
-        fused = self.fpn_bottleneck(torch.cat([resize(o, feats[0].shape[-2:]) for o in outs], 1))
+        fused = self.fpn_bottleneck(
+            torch.cat([resize_map(o, feats[0].shape[-2:]) for o in outs], 1)
+        )
         aux = dict(fcn=self.aux(feats[2])) if self.training and self.aux is not None else {}
         return self.conv_seg(self.dropout(fused)), fused, aux
 

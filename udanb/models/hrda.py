@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.types import SegOutput
+from ..core.utils import resize_map
 from .heads import DAFormerHead
-from .layers import resize
 
 # %% ../../nbs/models/05_hrda.ipynb #10753810
 def random_boxes(
@@ -144,7 +144,7 @@ def context(
             f'logits of the {img.shape[-2]}x{img.shape[-1]} image are {tuple(out.logits.shape[-2:])} at half size, '
             f'not {grid}; is cell={self.cell} the stride of this network?'
         )
-    return out, resize(self.scale_attention(out.feats)[0], grid).sigmoid()
+    return out, resize_map(self.scale_attention(out.feats)[0], grid).sigmoid()
 
 
 def blend(
@@ -154,7 +154,7 @@ def blend(
 ) -> Tensor:  # (B,C,2h,2w)
     "Context where there is no trust in the detail"
     size = high.shape[-2:]
-    return resize(att, size) * high + resize((1 - att) * low, size)
+    return resize_map(att, size) * high + resize_map((1 - att) * low, size)
 
 # %% ../../nbs/models/05_hrda.ipynb #6e386fc7
 @patch

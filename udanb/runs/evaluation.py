@@ -18,7 +18,7 @@ import torch
 from ..core.labels import SYNTHIA13
 from ..core.storage import atomic_write
 from ..core.types import normalize
-from ..core.utils import eval_mode, progress_bar, resolve, upsample
+from ..core.utils import eval_mode, progress_bar, resize_map, resolve
 from ..data.datasets import SegSpec
 from ..data.loaders import eval_loader
 from ..data.transforms import EvalTransform, resize_keep_ratio, resized_shape
@@ -177,7 +177,7 @@ def predict_examples(
         for i, image in zip(idx, images):
             for name, mode in modes.items():
                 scores = mode.predict(net, _to_input(net, dataset.image(i), mode.size))
-                scores = upsample(scores, image.shape[:2])
+                scores = resize_map(scores, image.shape[:2])
                 predictions[name].append(scores[0].argmax(0).cpu())
     return images, labels, predictions
 

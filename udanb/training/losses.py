@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.types import IGNORE, Sample, SegOutput
-from ..core.utils import upsample
+from ..core.utils import resize_map
 
 # %% ../../nbs/training/00_losses.ipynb #acba1ba8
 class WeightedCrossEntropy(nn.Module):
@@ -34,7 +34,7 @@ class WeightedCrossEntropy(nn.Module):
         x: Sample,  # lbl (B,H,W), wgt (B,H,W) or None
         step=None,  # not used
     ) -> Tensor:  # scalar
-        logits = upsample(out.logits, x.lbl.shape[-2:])
+        logits = resize_map(out.logits.float(), x.lbl.shape[-2:])
         loss = F.cross_entropy(logits, x.lbl, ignore_index=IGNORE, reduction='none')
         if x.wgt is not None:
             loss = loss * x.wgt

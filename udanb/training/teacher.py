@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core.types import Sample, SegOutput
-from ..core.utils import upsample
+from ..core.utils import resize_map
 
 # %% ../../nbs/training/02_teacher.ipynb #a24e4718
 def ema_decay(
@@ -104,6 +104,8 @@ def label(
     out: SegOutput,  # what `forward` said about it
 ) -> Sample:  # img, lbl = pseudo-labels, wgt = q where the image is valid
     "Pseudo-labels and their trust"
-    lbl, q = hard_pseudo_labels(upsample(out.logits, tgt.img.shape[-2:]).softmax(1), self.tau)
+    lbl, q = hard_pseudo_labels(
+        resize_map(out.logits.float(), tgt.img.shape[-2:]).softmax(1), self.tau
+    )
     wgt = q.expand(lbl.shape) if tgt.wgt is None else q * tgt.wgt
     return Sample(tgt.img, lbl, zero_margins(wgt, *self.rows), tgt.name)
