@@ -18,7 +18,7 @@ import torch
 from ..core.labels import SYNTHIA13
 from ..core.storage import atomic_write
 from ..core.types import normalize
-from ..core.utils import eval_mode, progress_bar, resize_map, resolve
+from ..core.utils import eval_mode, module_device, progress_bar, resize_map, resolve
 from ..data.datasets import SegSpec
 from ..data.loaders import eval_loader
 from ..data.transforms import EvalTransform, resize_keep_ratio, resized_shape
@@ -124,8 +124,7 @@ def _labelled_scores(confusion, space):
 
 def _to_input(net, pixels, size):
     "An image (H,W,3) uint8 as a batch of one on the network's device"
-    device = next(net.parameters()).device
-    return normalize(resize_keep_ratio(pixels, size))[None].to(device)
+    return normalize(resize_keep_ratio(pixels, size))[None].to(module_device(net))
 
 
 def score_images(
