@@ -1,4 +1,4 @@
-"Both pipelines as a whole: from the shell, again, killed in every kind of stage, damaged, moved, out of space; and what stands between their stages"
+"Both pipelines: from the shell, again, killed in each stage, damaged, moved, out of space; and their stages"
 
 import errno
 import json
@@ -19,12 +19,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from PIL import Image
 
 from udanb.checkpoints.weights import load_weights, save_weights
 from udanb.core.image_io import read_label
 from udanb.core.state_dicts import weights_hash
 from udanb.core.storage import read_json
-from udanb.core.types import IGNORE
+from udanb.core.types import IGNORE, normalize
 from udanb.core.utils import seed_all
 from udanb.data.catalog import CAMVID, TOWN
 from udanb.data.concat import ConcatSegDataset
@@ -32,25 +33,21 @@ from udanb.data.dummy import write_dummy_dataset
 from udanb.data.pseudo_labels import read_export_journal
 from udanb.demo.render import write_demo
 from udanb.inference import export_labels as pseudo
-from udanb.inference import predict as infer
+from udanb.inference import folder
 from udanb.inference.export_labels import export_pseudo
 from udanb.methods.prototypes import Prototypes
 from udanb.models.backbones import create_backbone
+from udanb.runs import distillation
 from udanb.runs import stages as chains
 from udanb.runs.build import build_trainer
 from udanb.runs.datasets import open_datasets, open_targets
+from udanb.runs.distillation import prototype_stage
 from udanb.runs.pipeline import Pipeline
 from udanb.runs.presets import make_recipe
 from udanb.runs.recipe import replace_flat
 from udanb.runs.results import load_run
 from udanb.runs.run import train_run
-from udanb.runs.stages import (
-    label_paths,
-    prototype_stage,
-    pseudo_label_stage,
-    recipe_of,
-    weights_of,
-)
+from udanb.runs.stages import label_paths, pseudo_label_stage, recipe_of, weights_of
 from udanb.runs.stamps import STAMP_FILE, damaged_files, output_files, read_stamp
 from udanb.training.callbacks import read_log
 from udanb.training.trainer import Step, Trainer
@@ -58,7 +55,7 @@ from udanb.training.trainer import Step, Trainer
 CHILDREN = multiprocessing.get_context(
     'forkserver'
 )  # processes of their own that need not import torch again
-CHILDREN.set_forkserver_preload(['udanb.runs.stages'])
+CHILDREN.set_forkserver_preload(['udanb.runs.distillation'])
 TINY = dict(
     backbone='mit_b0',
     pretrained=None,
@@ -136,9 +133,9 @@ def hook(note, set=setattr):
         (pseudo, '_write', 'label'),
         (chains, 'soup', 'soup'),
         (chains, 'score_network', 'score'),
-        (infer, 'colorize', 'predict'),
+        (folder, 'colorize', 'predict'),
         (Prototypes, 'add', 'prototypes'),
-        (chains.EnsembleNetwork, 'forward', 'fusion'),
+        (distillation.EnsembleNetwork, 'forward', 'fusion'),
     ):
         wrap(owner, name, lambda *_, what=what: count(what))
 
@@ -158,7 +155,7 @@ def child(page, log, stop, params):
 
 
 def told(log):
-    "What was done since the last look"
+    "What was done since the last call"
     said = log.read_text().split('\n')[:-1] if log.exists() else []
     log.unlink(missing_ok=True)
     return said
@@ -369,7 +366,7 @@ def test_visda_from_the_shell(visda, data):
     f = open_targets(recipe_of(uda), data, 'val')['demo_target']
     for i, n in enumerate(f.names):
         with torch.no_grad():
-            z = load_run(at(chain, 'soup'))(infer.normalize(f.image(i))[None]).logits
+            z = load_run(at(chain, 'soup'))(normalize(f.image(i))[None]).logits
         want = F.interpolate(z, (64, 128), mode='bilinear').argmax(1)[0].numpy()
         assert (
             read_label((at(chain, 'predictions') / 'demo_target' / 'label' / n).with_suffix('.png'))
@@ -492,7 +489,7 @@ def test_again_nothing_is_done_and_a_change_keeps_what_is_before_it(
 
 @pytest.mark.slow
 def test_visda_killed_in_each_stage(visda, data, tmp_path):
-    "Every time in another place; each start goes on where the one before was"
+    "Each time in another place; each start resumes where the one before was killed"
     params, log = VISDA | dict(data_root=str(data), out=str(tmp_path / 'chain')), tmp_path / 'log'
     for stop, did in (
         ('adapt 2', ['adapt 0', 'adapt 1', 'adapt 2']),
@@ -509,7 +506,7 @@ def test_visda_killed_in_each_stage(visda, data, tmp_path):
             ],
         ),
         ('soup 0', ['self-noise 1', 'self-grid 0', 'self-grid 1', 'soup 0']),
-        ('score 0', ['soup 0', 'score 0']),  # the weights lie there, the stamp does not
+        ('score 0', ['soup 0', 'score 0']),  # there are weights and no stamp
         ('predict 1', ['soup 0', 'score 0', 'predict 0', 'predict 1']),
     ):
         done = stages(tmp_path / 'chain')
@@ -558,7 +555,7 @@ def test_ddb_killed_in_each_stage(ddb, data, tmp_path):
 
 @pytest.mark.slow
 def test_the_kernel_is_killed(visda, data, tmp_path):
-    "SIGKILL to the process group that papermill started; the same command again goes on"
+    "SIGKILL to the process group that papermill started; the same command resumes"
     if shutil.which('pgrep') is None:
         pytest.skip('needs pgrep')
     out = tmp_path / 'chain'
@@ -623,7 +620,7 @@ CASES = dict(  # notebook, stage, what is done to which file; what is done again
 
 @pytest.mark.parametrize('case', CASES)
 def test_damage_in_a_moved_chain(case, visda, ddb, data, tmp_path, monkeypatch):
-    "What is missing is made again, and only that: its bytes are the old ones, so all later stages are found"
+    "Only what is missing is made again: its bytes are the old ones, so all later stages are found"
     page, name, harm, file, again = CASES[case]
     before, params = (visda[0], VISDA) if page == 'visda22' else (ddb[0], DDB)
     chain, did = copy(before, tmp_path / 'chain'), []
@@ -634,19 +631,19 @@ def test_damage_in_a_moved_chain(case, visda, ddb, data, tmp_path, monkeypatch):
     tab = pipe.table().set_index('stage').state
     assert (
         did == again
-        and tab.pop(name) == ('found' if case == 'no_checkpoint' else 'mended')
+        and tab.pop(name) == ('found' if case == 'no_checkpoint' else 'repaired')
         and set(tab) == {'found'}
         and same(chain, before)
     )
 
 
-def test_teacher_mended_in_a_moved_chain_and_the_distillation_goes_on(ddb, data, tmp_path):
-    "Weights that are made again tell of a recipe with today's paths; the run that learns from them is still the same run"
+def test_teacher_repaired_in_a_moved_chain_and_the_distillation_resumes(ddb, data, tmp_path):
+    "Weights made again contain a recipe with the current paths; the run that learns from them is the same run"
     chain = copy(ddb[0], tmp_path / 'chain')
     weights_of(at(chain, 'cut2')).unlink()
     weights_of(at(chain, 'distill2')).unlink()
     pipe = notebook('ddb', data_root=str(data), out=str(chain), **DDB)['pipe']
-    assert list(pipe.table().state).count('mended') == 2 and same(chain, ddb[0])
+    assert list(pipe.table().state).count('repaired') == 2 and same(chain, ddb[0])
 
 
 # ---- the disk is full
@@ -840,15 +837,15 @@ def test_ddb_with_several_domains(source, target, kw, data, tmp_path):
 
 
 def test_only_stored_labels_are_learned(visda, data, tmp_path):
-    "What the network says where no label is stored changes nothing; neither do the labels that were drawn"
+    "Predictions where no label is stored change nothing; neither do the labels that were drawn"
     shutil.copytree(data / 'demo', tmp_path / 'demo')
     for f in (tmp_path / 'demo' / 'cityscapes' / 'gtFine' / 'train').rglob('*.png'):
         f.write_bytes(b'poison')
     labels = Path(shutil.copytree(at(visda[0], 'labels'), tmp_path / 'labels'))
     for f in labels.rglob('*.png'):
         y = read_label(f).copy()
-        y[:, 64:] = IGNORE  # nothing is known of the right half
-        infer.Image.fromarray(y).save(f)
+        y[:, 64:] = IGNORE  # the right half has no labels
+        Image.fromarray(y).save(f)
     r = make_recipe(
         'selftrain',
         'demo',
@@ -904,7 +901,7 @@ def test_only_stored_labels_are_learned(visda, data, tmp_path):
             Step(replace(src, lbl=torch.full_like(src.lbl, IGNORE)), None, t.model)
         ).__next__()[1]['ce']
         == 0
-    )  # a crop of which nothing is known
+    )  # a crop without labels
     with torch.no_grad():
         seed_all(0)
         z = F.interpolate(t.model(src.img).logits, (64, 128), mode='bilinear')

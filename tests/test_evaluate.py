@@ -1,4 +1,4 @@
-"The run notebook evaluate: from the shell once, then its cells in this process; scores, predictions and submissions against the pages they come from"
+"The run notebook evaluate, from the shell and in this process: scores, predictions, submissions"
 
 import io
 import json
@@ -179,7 +179,7 @@ def test_plain_scores_are_those_of_training(world, tmp_path):
 
 @pytest.mark.parametrize('windows', [{}, dict(mode='slide', crop=48, stride=24)])
 def test_gain_of_tta_against_a_loop(world, tmp_path, windows):
-    "Views are scaled from the file to ratios of the run's size; both ways are scored in one run, and the table has the difference"
+    "Views are scaled from the file to ratios of the run's size; the table has both modes and their difference"
     got = notebook(
         **world['kw'], **windows, ratios=[0.5, 1.0], flip=True, limit=2, out=str(tmp_path)
     )
@@ -306,7 +306,7 @@ def test_a_folder_of_photos(world, tmp_path):
     ],
 )
 def test_submissions_of_benchmarks(tmp_path, source, target, spec, space):
-    "Test images without labels: PNGs of 0-4 (ZeroWaste) or of train ids (ACDC), without folders, under the images' names"
+    "Test images without labels: PNGs of 0-4 (ZeroWaste) or train ids (ACDC), without folders, named as the images"
     write_dummy_dataset(spec, tmp_path / 'data', 2, (48, 96), labels=False)
     _, net, _ = untrained(tmp_path / 'run', source, target, len(space), space.classes, fit=(32, 64))
     notebook(

@@ -1,4 +1,4 @@
-"A grid as real processes: killed and started again, with a run that fails, and the notebook itself"
+"A grid as real processes: killed and started again, with a run that fails, and the notebook"
 
 import ast
 import json
@@ -18,14 +18,12 @@ from udanb.core.storage import read_json, write_json
 from udanb.demo.render import write_demo
 from udanb.runs.grid import (
     NOTEBOOK_PARAMETERS,
-    last_error_line,
     make_grid,
     results_table,
-    run_grid,
     seed_summary,
     show_grid,
-    start_run,
 )
+from udanb.runs.grid_runner import last_error_line, run_grid, start_run
 from udanb.runs.recipe import recipe_dict
 
 ENV = os.environ | dict(OMP_NUM_THREADS='1', NO_ALBUMENTATIONS_UPDATE='1', IN_TEST='1')
@@ -41,13 +39,18 @@ SMALL = dict(
 
 # what a run looks like from outside: it notes its start, logs step by step, and ends with metrics.json; dacs fails
 FAKE = '''import json, os, pathlib, time
-f = pathlib.Path(out); f.mkdir(exist_ok=True)
-with open(f/'starts', 'a') as s: s.write(f'{os.getpid()}\\n')
-if recipe=='dacs': raise RuntimeError('it broke\\nfor a reason')
+f = pathlib.Path(out)
+f.mkdir(exist_ok=True)
+with open(f / 'starts', 'a') as s:
+    s.write(f'{os.getpid()}\\n')
+if recipe == 'dacs':
+    raise RuntimeError('it broke\\nfor a reason')
 for i in range(overrides['steps']):
-    with open(f/'log.jsonl', 'a') as l: l.write('{}\\n')
-    time.sleep(.1 if seed else 0)
-(f/'metrics.json').write_text(json.dumps(dict(miou=dict(student=30.+seed), steps=overrides['steps'], seconds=6, peak_mib=1)))'''
+    with open(f / 'log.jsonl', 'a') as l:
+        l.write('{}\\n')
+    time.sleep(0.1 if seed else 0)
+metrics = dict(miou=dict(student=30.0 + seed), steps=overrides['steps'], seconds=6, peak_mib=1)
+(f / 'metrics.json').write_text(json.dumps(metrics))'''
 
 
 def notebook(path):
@@ -79,23 +82,27 @@ def notebook(path):
 SCRIPT = '''
 import sys
 from udanb.core.storage import write_json
-from udanb.runs.grid import NOTEBOOK_PARAMETERS, make_grid, run_grid
+from udanb.runs.grid import make_grid
+from udanb.runs.grid_runner import run_grid
 from udanb.runs.recipe import recipe_dict
-jobs = make_grid(sys.argv[1], ['source_only','dacs'], [0,1], [['demo',None]], dict(backbone='mit_b0', weights=None, steps=30))
-for j in jobs: write_json(j.out/'recipe.json', recipe_dict(j.recipe))
-run_grid(jobs, 1, sys.argv[2], every=.1).to_csv(sys.argv[1]+'/table.csv')
+
+small = dict(backbone='mit_b0', weights=None, steps=30)
+specs = make_grid(sys.argv[1], ['source_only', 'dacs'], [0, 1], [['demo', None]], small)
+for spec in specs:
+    write_json(spec.out / 'recipe.json', recipe_dict(spec.recipe))
+run_grid(specs, 1, sys.argv[2], every=0.1).to_csv(sys.argv[1] + '/table.csv')
 '''
 
 
 def wait_for(what, seconds=120):
     t0 = time.time()
     while not what():
-        assert time.time() - t0 < seconds, 'it never came to that'
+        assert time.time() - t0 < seconds, f'not reached in {seconds} s'
         time.sleep(0.02)
 
 
 def test_killed_grid_is_taken_up_again(tmp_path):
-    "The grid is killed while its second run goes on; the next one waits for that run, starts nothing twice, and one failure stops nobody"
+    "The grid is killed during its second run; the next grid waits for that run, and starts no run twice"
     nb, out = notebook(tmp_path / 'fake.ipynb'), tmp_path / 'grid'
 
     def go():
@@ -181,7 +188,7 @@ def test_grid_from_files_and_refusals(tmp_path):
         tmp_path,
         params=['params/town_dacs.yaml', 'params/town_daformer_T01.yaml'],
         seeds=[0, 1],
-        over=dict(steps=7),
+        overrides=dict(steps=7),
     )
     assert (
         [j.label for j in jobs] == ['town_dacs'] * 2 + ['town_daformer_T01'] * 2
@@ -204,7 +211,7 @@ def test_grid_from_files_and_refusals(tmp_path):
         (dict(recipes=['dacs'], pairs=[['dmeo', None]]), 'demo'),
         (dict(recipes=['dacs']), 'empty'),
         (
-            dict(recipes=['dacs'], pairs=[['demo', None]], over=dict(stpes=3)),
+            dict(recipes=['dacs'], pairs=[['demo', None]], overrides=dict(stpes=3)),
             "did you mean 'steps'",
         ),
         (dict(recipes=['dacs', 'dacs'], pairs=[['demo', None]]), 'more than once'),
@@ -223,7 +230,8 @@ def test_another_recipe_in_the_folder_is_not_taken_for_this_one(tmp_path):
 
 
 def test_last_error_of_several():
-    text = 'KeyError: 1\n\nDuring handling of the above exception, another exception occurred:\n\nudanb.x.MyError: two\nmore words\n'
+    between = 'During handling of the above exception, another exception occurred:'
+    text = f'KeyError: 1\n\n{between}\n\nudanb.x.MyError: two\nmore words\n'
     assert (
         last_error_line(text, 1) == 'udanb.x.MyError: two'
         and last_error_line(text, -15) == 'killed by signal 15'
@@ -232,7 +240,7 @@ def test_last_error_of_several():
 
 
 def test_notebook_with_a_run_that_fails(tmp_path):
-    "Two real runs through the real notebooks: one has no data, the other ends; then the same command trains nothing again"
+    "Two runs through the real notebooks: one has no data, the other ends; a second grid trains nothing"
     write_demo(
         tmp_path / 'data' / 'demo', n_source=4, n_target=4, n_val=2, size=(64, 128), quiet=True
     )
@@ -241,7 +249,7 @@ def test_notebook_with_a_run_that_fails(tmp_path):
         recipes=['source_only'],
         seeds=[0],
         pairs=[['gta', None], ['demo', None]],
-        over=SMALL | dict(crop_size=[64, 64]),
+        overrides=SMALL | dict(crop_size=[64, 64]),
         data_root=str(tmp_path / 'data'),
         out=str(tmp_path / 'grid'),
     )
@@ -276,7 +284,7 @@ def test_notebook_with_a_run_that_fails(tmp_path):
 
 
 def test_run_names_the_parameters_of_the_notebook():
-    "A params file that train_uda accepts is accepted by a grid, and the other way round"
+    "A grid accepts the parameters of train_uda, all of them and no others"
     cell = next(
         c
         for c in json.loads((ROOT / 'nbs' / 'train_uda.ipynb').read_text())['cells']

@@ -64,7 +64,7 @@ def note(out, what):
 
 
 def calls(out):
-    "What was done since the last look"
+    "What was done since the last call"
     f = Path(f'{out}.calls')
     said = f.read_text().split('\n')[:-1] if f.exists() else []
     f.unlink(missing_ok=True)
@@ -141,7 +141,7 @@ def start(data, out, stop=None):
 def wait_for(what, seconds=120):
     t0 = time.time()
     while not what():
-        assert time.time() - t0 < seconds, 'it never came to that'
+        assert time.time() - t0 < seconds, f'not reached in {seconds} s'
         time.sleep(0.02)
 
 
@@ -199,20 +199,20 @@ def ready_made(data, tmp_path_factory):
 
 @pytest.fixture
 def made(ready_made, tmp_path):
-    return Path(shutil.copytree(ready_made, tmp_path / 'chain'))  # by the way: moved
+    return Path(shutil.copytree(ready_made, tmp_path / 'chain'))  # in another folder, so also moved
 
 
 # ---- killed
 
 
 def test_killed_in_each_stage(data, ready_made, tmp_path):
-    "Finished stages are not touched again, the interrupted one goes on, and the end is the same to the bit: else the last stage's key would differ"
+    "Finished stages stay, the interrupted one resumes, and the result is the same to the bit"
     out = tmp_path / 'chain'
     assert kill_at(data, out, 'mit.safetensors') == ['about.txt', 'mit.safetensors']
     a = stage_of(out, 'encoder')
     assert (
         output_files(a) == ['about.txt'] and read_stamp(a) is None and [*a.glob('.mit*.part*')]
-    )  # a half of it lies there
+    )  # a part of the file is left
     assert kill_at(data, out, 'step 2') == ['mit.safetensors', 'step 0', 'step 1', 'step 2']
     b = stage_of(out, 'uda')
     assert (
@@ -228,7 +228,7 @@ def test_killed_in_each_stage(data, ready_made, tmp_path):
 
 
 def test_checkpoint_of_an_interrupted_training(data, ready_made, tmp_path):
-    "Damaged it is named, removed the training begins again"
+    "Damaged, the error names it; removed, the training starts again"
     out = tmp_path / 'chain'
     kill_at(data, out, 'step 2')
     b = stage_of(out, 'uda')
@@ -243,7 +243,7 @@ def test_checkpoint_of_an_interrupted_training(data, ready_made, tmp_path):
 
 
 def test_interrupted_chain_is_moved(data, ready_made, tmp_path):
-    "The recipe names the encoder's weights by their place: elsewhere the run still goes on"
+    "The recipe contains the path of the encoder's weights: after a move the run still resumes"
     kill_at(data, tmp_path / 'a', 'step 2')
     os.rename(tmp_path / 'a', tmp_path / 'b')
     assert finish(data, tmp_path / 'b') == ['step 2', 'step 3', 'brief'] and names(
@@ -298,7 +298,7 @@ DAMAGE = dict(
 
 
 @pytest.mark.parametrize('case', DAMAGE)
-def test_damage_is_mended_and_nothing_else_done(case, data, made, ready_made):
+def test_damage_is_repaired_and_nothing_else_done(case, data, made, ready_made):
     name, harms, again = DAMAGE[case]
     for harm, file in harms:
         harm(stage_of(made, name) / file)
@@ -335,7 +335,7 @@ class Colours(nn.Module):
 
 
 def answers(data, out):
-    "A stage of two folders of predictions, and one of pseudo-labels; how many images the network was asked for"
+    "A stage of two folders of predictions, and one of pseudo-labels; the last value is the number of images predicted"
     net, folder = Colours(), SegDataset(DATASETS['demo_target'], data, 'train', labels=False)
 
     def predict(f):
@@ -360,7 +360,7 @@ def answered(data, tmp_path_factory):
     return out
 
 
-# stage, what is done to the first file of that name, how many images are asked for again (of four in each folder)
+# stage, what is done to the first file of that name, how many images are predicted again (of four in each folder)
 HOLES = dict(
     cut_colour=('predict', [('cut', 'a/color/**/*.png')], 1),
     no_colour=('predict', [('no', 'b/color/**/*.png')], 1),
@@ -380,7 +380,7 @@ HOLES = dict(
 
 @pytest.mark.parametrize('case', HOLES)
 def test_holes_are_filled(case, data, answered, tmp_path):
-    "All is there again, to the byte, and only what had to be was made again"
+    "All files are there again with the same bytes, and only the necessary ones were made again"
     out = Path(shutil.copytree(answered, tmp_path / 'chain'))
     name, harms, again = HOLES[case]
     for how, what in harms:
@@ -396,7 +396,7 @@ def test_holes_are_filled(case, data, answered, tmp_path):
 
 
 def test_a_hole_that_is_not_filled(data, answered, tmp_path):
-    "However often the chain is started, there is no stamp; when the file is back, there is one"
+    "However often the chain is started, there is no stamp until the file exists again"
     out = Path(shutil.copytree(answered, tmp_path / 'chain'))
     f = stage_of(out, 'predict')
     x = next(f.glob('a/color/**/*.png'))
@@ -405,20 +405,20 @@ def test_a_hole_that_is_not_filled(data, answered, tmp_path):
     for _ in range(3):
         with pytest.raises(
             RuntimeError,
-            match=f"stage 'predict': its function did not make again what was lost: a/color/.*{x.name}",
+            match=f"stage 'predict': its function did not make these missing files again: a/color/.*{x.name}",
         ):
             Pipeline(out, True).stage('predict', lambda folder: None)
         assert read_stamp(f) is None
     pipe, p, _, n = answers(data, out)
     assert (
         (n, x.read_bytes(), p) == (1, whole_file, f)
-        and pipe.table().state[0] == 'mended'
+        and pipe.table().state[0] == 'repaired'
         and sound(out)
     )
 
 
 @pytest.mark.parametrize('what', ['a/predict.json', 'b/color/**/*.png'])
-def test_killed_while_mending(what, data, answered, tmp_path, monkeypatch):
+def test_killed_while_repairing(what, data, answered, tmp_path, monkeypatch):
     "Between the removal of what is damaged, the stamp's, and the repair: the list outlives it"
     out = Path(shutil.copytree(answered, tmp_path / 'chain'))
     f = stage_of(out, 'predict')
@@ -468,7 +468,7 @@ def test_a_damaged_list(tmp_path):
 
 
 def test_statistics_of_labels_are_no_part_of_them(data, answered, tmp_path):
-    "Whoever learned the labels has counted them; mended later, they are still the same input"
+    "A training on the labels writes their statistics beside them; repaired later, the labels are still the same input"
     out = Path(shutil.copytree(answered, tmp_path / 'chain'))
     f = stage_of(out, 'pseudo')
     before = content_hash(f)
@@ -484,7 +484,7 @@ def test_statistics_of_labels_are_no_part_of_them(data, answered, tmp_path):
 
 
 def averaged(data, chain, fail=None):
-    "Goes on from the chain's run, in two cycles of two steps"
+    "A run that starts from the chain's, in two cycles of two steps"
     real, out = Trainer.step, Path(chain)
 
     def step(self, *args):
@@ -539,7 +539,7 @@ SWA = dict(  # what is done to which file; what is done again
 
 
 @pytest.mark.parametrize('case', SWA)
-def test_damaged_average_is_mended(case, data, averages, tmp_path):
+def test_damaged_average_is_repaired(case, data, averages, tmp_path):
     out = Path(shutil.copytree(averages, tmp_path / 'chain'))
     harms, again = SWA[case]
     for how, what in harms:
@@ -560,7 +560,7 @@ def test_damaged_average_is_mended(case, data, averages, tmp_path):
 
 @pytest.mark.parametrize('harm,again', [(None, STEPS[3:]), ('snapshots/2.safetensors', STEPS)])
 def test_interrupted_average(harm, again, data, averages, ready_made, tmp_path):
-    "Stopped in the second cycle it goes on there, if the first one's snapshot is still there"
+    "Interrupted in the second cycle it resumes there, if the first one's snapshot still exists"
     out = Path(shutil.copytree(ready_made, tmp_path / 'chain'))
     with pytest.raises(KeyboardInterrupt):
         averaged(data, out, fail=3)
@@ -574,7 +574,7 @@ def test_interrupted_average(harm, again, data, averages, ready_made, tmp_path):
 
 
 def test_inputs_made_again_elsewhere(data, averages, tmp_path):
-    "Weights made again tell of other paths: other bytes, the same tensors, the same stage. It is mended, not refused"
+    "Weights made again have other paths in their metadata, but the same tensors: the stage is repaired, not refused"
     out = Path(shutil.copytree(averages, tmp_path / 'chain'))
     w = stage_of(out, 'uda') / 'model.safetensors'
     state, about = load_weights(w)
@@ -594,7 +594,7 @@ def test_stamp_of_another_stage(data, made):
     shutil.copy(a / STAMP_FILE, c / STAMP_FILE)
     with pytest.raises(
         ValueError,
-        match="tells of another stage .*stage: 'encoder' there, 'brief' here.*Move or remove",
+        match='belongs to another stage .*stage: encoder there, brief here.*Move or remove',
     ) as e:
         chain(data, made)
     assert calls(made) == [] and "in stage 'brief'" in e.value.__notes__[0]
@@ -647,7 +647,7 @@ def test_two_processes_at_once(tmp_path):
     p.kill()
     p.join()
     try:
-        os.kill(child, 0)  # the child lives, and does not keep the lock
+        os.kill(child, 0)  # the child lives, but does not hold the lock
         mine()
     finally:
         os.kill(child, signal.SIGKILL)
