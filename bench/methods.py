@@ -118,11 +118,11 @@ def trainer(name, net, size):
     t = Trainer(
         model,
         method,
-        param_groups(model, r.lr, r.head_mult, r.wd),
-        None,
-        r.steps,
-        'nowhere',
-        r.seed,
+        groups=param_groups(model, r.lr, r.head_mult, r.wd),
+        loader=None,
+        steps=r.steps,
+        out='nowhere',
+        seed=r.seed,
         accelerator=Accelerator(cpu=True),
         quiet=True,
     )

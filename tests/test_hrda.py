@@ -12,7 +12,7 @@ from udanb.core.utils import seed_all
 from udanb.inference.predict import sliding_windows
 from udanb.models.backbones import create_backbone
 from udanb.models.heads import DAFormerHead, DLV2Head
-from udanb.models.hrda import HRDA, ContextLoss, DetailLoss, detail_windows, random_boxes
+from udanb.models.hrda import HRDA, detail_windows, random_boxes
 from udanb.models.segmentor import Segmentor, create_segmentor, param_groups
 from udanb.training.losses import FeatureDistance, WeightedCrossEntropy
 from udanb.training.teacher import EMATeacher
@@ -268,10 +268,10 @@ def test_a_run_stopped_and_resumed_is_the_same_run(tmp_path):
                     DetailLoss(WeightedCrossEntropy()),
                 )
             ),
-            param_groups(h, lr=1e-3),
-            lambda it: batches[it:],
-            steps,
-            out,
+            groups=param_groups(h, lr=1e-3),
+            loader=lambda it: batches[it:],
+            steps=steps,
+            out=out,
             schedule=lambda it, n: 1.0,
             quiet=True,
         )

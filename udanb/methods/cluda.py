@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['grid_size', 'sample_map', 'sample_labels', 'sample_detail', 'log_ratio', 'contrast_loss_rows', 'ChunkedSum',
-           'chunked_contrast', 'ScaleWeightHead', 'PixelContrastLoss', 'max_entropy_boxes', 'UncertainDetailView',
-           'cluda']
+           'chunked_contrast', 'ScaleWeightHead', 'PixelContrastLoss', 'max_entropy_boxes', 'UncertainDetail', 'cluda']
 
 # %% ../../nbs/methods/04_cluda.ipynb #bff4a49b
 import torch
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 from ..core.types import IGNORE, Sample, SegOutput
 from ..core.utils import upsample
 from ..inference.predict import sliding_windows
-from ..training.trainer import Method
+from ..training.trainer import Method, drop_view_wrappers
 
 # %% ../../nbs/methods/04_cluda.ipynb #6fac236f
 def grid_size(
@@ -258,29 +257,20 @@ def max_entropy_boxes(
     return torch.tensor([[y, y + h, x, x + w] for y, x in corners])[means.argmax(1).cpu()]
 
 # %% ../../nbs/methods/04_cluda.ipynb #0932aa0e
-class UncertainDetailView(nn.Module):
-    "A view whose student cuts its detail where it is uncertain"
+class UncertainDetail:
+    "Arguments of the student's forward: detail boxes of largest entropy, after `after` steps"
 
     def __init__(
         self,
-        view,  # `Step` -> `Sample`
-        net,  # the HRDA that is trained
         after: int,  # steps with random details
     ):
-        super().__init__()
-        self.view = view
-        self.net = [net]
-        self.after = after  # in a list: not a submodule
+        self.after = after
 
-    def once(self, logits, size, box):
-        self.net[0].box_selector = None
-        return max_entropy_boxes(logits, size, box)
-
-    def forward(self, step) -> Sample:
-        x = self.view(step)
-        if step.it > self.after:
-            self.net[0].box_selector = self.once
-        return x
+    def __call__(
+        self,
+        step,  # `Step`
+    ) -> dict:  # keyword arguments of `HRDA.forward`
+        return dict(select_boxes=max_entropy_boxes) if step.it > self.after else {}
 
 # %% ../../nbs/methods/04_cluda.ipynb #0fd8117e
 def cluda(
@@ -294,21 +284,14 @@ def cluda(
     parity=False,  # see `PixelContrastLoss`
 ) -> Method:  # the same, extended
     "Pixel contrast on source and mixed images, and details where the student is uncertain (CLUDA)"
-    passes = {p.name: p for p in method.passes}
-    if not {'source', 'mixed'} <= set(passes):
-        raise ValueError(
-            f"cluda adds to passes 'source' and 'mixed', but this method has {', '.join(passes)}; start from daformer or dacs"
-        )
-    two = hasattr(net, 'scale_attention')  # an HRDA
-    crit = PixelContrastLoss(
-        ScaleWeightHead(net.backbone.channels, dim) if two else None,
-        (1.0 if two else 0.1) if w is None else w,
-        stride,
-        chunk,
-        parity,
-    )
-    for k in ('source', 'mixed'):
-        passes[k].crits.append(crit)
-    if two and after is not None:
-        passes['mixed'].view = UncertainDetailView(passes['mixed'].view, net, after)
+    source, mixed = method.get_pass('source'), method.get_pass('mixed')
+    weigher = ScaleWeightHead(net.backbone.channels, dim) if net.has_detail else None
+    if w is None:
+        w = 1.0 if net.has_detail else 0.1
+    loss = PixelContrastLoss(weigher, w, stride, chunk, parity)
+    source.crits.append(loss)
+    mixed.crits.append(loss)
+    if net.has_detail and after is not None:
+        mixed.network_args = UncertainDetail(after)
+    method.migrations.append(drop_view_wrappers)
     return method

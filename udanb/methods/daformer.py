@@ -7,8 +7,14 @@ __all__ = ['source_only', 'self_training', 'dacs', 'daformer']
 
 # %% ../../nbs/methods/00_daformer.ipynb #4269f3e6
 from copy import deepcopy
+from functools import partial
 
-from ..training.losses import FeatureDistance, WeightedCrossEntropy
+from udanb.training.losses import (
+    FeatureDistance,
+    WeightedCrossEntropy,
+    wrap_feature_loss,
+    wrap_logit_loss,
+)
 from ..training.teacher import EMATeacher
 from ..training.trainer import Method, Pass
 from ..training.views import MixedView, class_mask, source_view
@@ -16,66 +22,54 @@ from ..training.views import MixedView, class_mask, source_view
 # %% ../../nbs/methods/00_daformer.ipynb #a03c0863
 def source_only(
     net,  # the student, img -> `SegOutput`
-    parity=False,  # cross-entropy over all pixels, as published
+    parity: bool = False,  # cross-entropy over all pixels, as published
 ) -> Method:
     "Supervised training on the source (also the oracle, on the target)"
-    return Method(
-        Pass('source', source_view, *net.wrap_logit_loss(WeightedCrossEntropy(parity=parity)))
-    )
+    losses = wrap_logit_loss(net, WeightedCrossEntropy(parity=parity))
+    return Method(Pass('source', source_view, *losses))
 
 # %% ../../nbs/methods/00_daformer.ipynb #465b0e25
 def self_training(
-    net,
-    *source_crits,  # criteria of the source pass
-    strong=None,  # augmentation of mixed images, a module
-    alpha=0.999,  # decay of the teacher
-    tau=0.968,  # confidence threshold
-    rows=(0, 0),  # rows of the crop without trust (top, bottom)
-    bn='batch',  # the teacher's BatchNorm, see `EMATeacher`
-    parity=False,
+    net,  # the student, img -> `SegOutput`
+    *source_crits,  # losses of the source pass
+    strong=None,  # colour augmentation of mixed images, a module; None = none
+    alpha: float = 0.999,  # EMA decay of the teacher
+    tau: float = 0.968,  # confidence threshold
+    rows: tuple = (0, 0),  # (top, bottom) rows of the crop with weight 0
+    bn: str = 'batch',  # the teacher's BatchNorm, see `EMATeacher`
+    parity: bool = False,  # class masks and cross-entropy as in the published code
 ) -> Method:
-    "The two passes shared by DACS, DAFormer and their descendants"
-    mask = (lambda lbl: class_mask(lbl, parity=True)) if parity else class_mask
+    "The two passes shared by DACS, DAFormer and the methods built on them; raises `ValueError` for an unknown `bn`"
+    mask = partial(class_mask, parity=True) if parity else class_mask
+    mixed_losses = wrap_logit_loss(net, WeightedCrossEntropy(parity=parity))
     return Method(
         Pass('source', source_view, *source_crits),
-        Pass(
-            'mixed',
-            MixedView(mask, strong),
-            *net.wrap_logit_loss(WeightedCrossEntropy(parity=parity)),
-        ),
+        Pass('mixed', MixedView(mask), *mixed_losses, augment=strong),
         teacher=EMATeacher(net, alpha, tau, rows, bn),
     )
 
 
 def dacs(
     net,  # the student, img -> `SegOutput`
-    alpha=0.99,
-    parity=False,
+    alpha: float = 0.99,  # EMA decay of the teacher
+    parity: bool = False,  # see `self_training`
     **kw,  # see `self_training`
 ) -> Method:
-    "Classmix self-training with a mean teacher (DACS alg. 1)"
-    return self_training(
-        net,
-        *net.wrap_logit_loss(WeightedCrossEntropy(parity=parity)),
-        alpha=alpha,
-        parity=parity,
-        **kw,
-    )
+    "ClassMix self-training with an EMA teacher (DACS alg. 1)"
+    losses = wrap_logit_loss(net, WeightedCrossEntropy(parity=parity))
+    return self_training(net, *losses, alpha=alpha, parity=parity, **kw)
 
 # %% ../../nbs/methods/00_daformer.ipynb #44e8e2ed
 def daformer(
     net,  # the student; its encoder still holds the ImageNet weights
-    things=(),  # class indices that count as things
-    fd=0.005,  # λ of the feature distance; 0 = without
-    parity=False,
+    things: tuple = (),  # class indices that count as things
+    fd: float = 0.005,  # λ of the feature distance; 0 = without
+    parity: bool = False,  # see `self_training`
     **kw,  # see `self_training`
 ) -> Method:
     "DACS with thing-class feature distance (DAFormer eq. 10); rare-class sampling belongs to the loader"
-    crits = net.wrap_logit_loss(WeightedCrossEntropy(parity=parity))
+    losses = wrap_logit_loss(net, WeightedCrossEntropy(parity=parity))
     if fd:
-        crits.append(
-            net.wrap_feature_loss(
-                FeatureDistance(deepcopy(net.backbone), things, net.n_classes, fd)
-            )
-        )
-    return self_training(net, *crits, parity=parity, **kw)
+        distance = FeatureDistance(deepcopy(net.backbone), things, net.n_classes, fd)
+        losses.append(wrap_feature_loss(net, distance))
+    return self_training(net, *losses, parity=parity, **kw)

@@ -8,6 +8,7 @@ __all__ = ['cutmix_mask', 'bridge', 'SoftSample', 'EnsembleTargetView', 'Distill
 # %% ../../nbs/methods/03_ddb.ipynb #a1803593
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from fastcore.basics import patch
@@ -25,7 +26,7 @@ from udanb.methods.prototypes import (
     prototype_weights,
     weighted_probs,
 )
-from ..training.losses import WeightedCrossEntropy
+from ..training.losses import WeightedCrossEntropy, wrap_logit_loss
 from ..training.teacher import EMATeacher
 from ..training.trainer import Method, Pass
 from ..training.views import MixedView, class_mask, source_view
@@ -50,7 +51,8 @@ def cutmix_mask(
     return rows[:, :, None] & cols[:, None]
 
 # %% ../../nbs/methods/03_ddb.ipynb #d4869199
-def _with_void(lbl):
+def _class_mask_with_void(lbl):
+    "Per image, with void as a class"
     return torch.cat([class_mask(l[None], parity=True) for l in lbl])
 
 
@@ -67,16 +69,15 @@ def bridge(
 ) -> Method:
     "One of DDB's two paths: classmix or cutmix self-training"
     masks = {
-        'cut': lambda lbl: cutmix_mask(lbl, area),
-        'class': _with_void if parity else class_mask,
+        'cut': partial(cutmix_mask, area=area),
+        'class': _class_mask_with_void if parity else class_mask,
     }
-
-    def ce():
-        return net.wrap_logit_loss(WeightedCrossEntropy(parity=parity))
-
+    mask = lookup(kind, masks, 'bridge')
+    source_losses = wrap_logit_loss(net, WeightedCrossEntropy(parity=parity))
+    mixed_losses = wrap_logit_loss(net, WeightedCrossEntropy(parity=parity))
     return Method(
-        Pass('source', source_view, *ce()),
-        Pass('mixed', MixedView(lookup(kind, masks, 'bridge'), strong), *ce()),
+        Pass('source', source_view, *source_losses),
+        Pass('mixed', MixedView(mask), *mixed_losses, augment=strong),
         teacher=EMATeacher(net, alpha, tau, rows, bn),
     )
 
@@ -92,30 +93,34 @@ class SoftSample(Sample):
 
 
 class EnsembleTargetView(nn.Module):
-    "A view: the target, augmented, with the ensemble's labels of the plain image"
+    "A view: the target with the ensemble's labels; colours are changed afterwards, by the pass"
 
     def __init__(
         self,
-        ensemble: Ensemble,
-        strong=None,  # augmentation, a module; None = none
-        soft=False,
-        T=1.0,  # probabilities as well; their temperature
+        ensemble: Ensemble,  # labels the images
+        soft: bool = False,  # class probabilities as well
+        T: float = 1.0,  # temperature of the probabilities
     ):
         super().__init__()
         self.ensemble = ensemble
-        self.strong = strong or nn.Identity()
         self.soft = soft
         self.T = T
 
     @torch.no_grad()
     def forward(
         self, step
-    ) -> Sample:  # img (B,3,H,W), lbl (B,H,W), wgt; and prob (B,C,H,W) if soft
-        t = step.tgt
-        g = self.ensemble.soft_targets(t.img, self.T) if self.soft else self.ensemble(t.img)
-        lbl = g.argmax(1) if t.wgt is None else g.argmax(1).masked_fill(t.wgt == 0, IGNORE)
-        x = self.strong(t.img), lbl, t.wgt, t.name
-        return SoftSample(*x, g) if self.soft else Sample(*x)
+    ) -> Sample:  # img (B,3,H,W), lbl (B,H,W), wgt; a `SoftSample` with prob (B,C,H,W) if soft
+        tgt = step.tgt
+        if self.soft:
+            prob = self.ensemble.soft_targets(tgt.img, self.T)
+        else:
+            prob = self.ensemble(tgt.img)
+        lbl = prob.argmax(1)
+        if tgt.wgt is not None:
+            lbl = lbl.masked_fill(tgt.wgt == 0, IGNORE)
+        if self.soft:
+            return SoftSample(tgt.img, lbl, tgt.wgt, tgt.name, prob)
+        return Sample(tgt.img, lbl, tgt.wgt, tgt.name)
 
 # %% ../../nbs/methods/03_ddb.ipynb #5dcaeaf0
 @patch
@@ -169,30 +174,43 @@ class DistillationLoss(nn.Module):
         return kl.mean() if self.ce.parity else kl.sum() / known.sum().clamp(min=1)
 
 # %% ../../nbs/methods/03_ddb.ipynb #673b9e8b
-def _filled(net, path):
+def _load(net, path):
+    "A network with the weights of a file"
     load_weights_into(net, resolve(path))
     return net
 
 
-def _mean(net, t, p):
-    "A (C,D) tensor that fits network and teacher"
-    if torch.is_tensor(p):
-        q, name = Prototypes(*p.shape), 'the prototypes'
-        q.mean = p
-    else:
-        q, name = load_prototypes(p), resolve(p)
-    want = net.n_classes, getattr(net, 'net', net).head.ch
-    if tuple(q.mean.shape) != want:
+def _count(x):
+    "Length of a list; one path, network or tensor counts as 1"
+    return 1 if isinstance(x, (str, nn.Module)) else len(x)
+
+
+def _as_prototypes(p):
+    "(`Prototypes`, its name for messages), from a tensor or a file"
+    if not torch.is_tensor(p):
+        return load_prototypes(p), resolve(p)
+    prototypes = Prototypes(*p.shape)
+    prototypes.mean = p
+    return prototypes, 'the prototypes'
+
+
+def _prototype_means(net, teacher, p):
+    "A (C,D) tensor that fits network and teacher; raises `ValueError` if it does not"
+    prototypes, name = _as_prototypes(p)
+    mean = prototypes.mean
+    if tuple(mean.shape) != (net.n_classes, net.embed_dim):
         raise ValueError(
-            f'{name}: {tuple(q.mean.shape)}; this network has {want[0]} classes and an embedding of {want[1]}'
+            f'{name}: {tuple(mean.shape)}; this network has {net.n_classes} classes and an embedding of {net.embed_dim}'
         )
-    if not q.mean.isfinite().all() or not q.mean.any():
+    if not mean.isfinite().all() or not mean.any():
         raise ValueError(f'{name}: all zero, or not finite; find them again with `find_prototypes`')
-    if q.network and q.network != (h := weights_hash(t)):
-        raise ValueError(
-            f'{name}: made with network {q.network}, the teacher is {h}; in the same order?'
-        )
-    return q.mean
+    if prototypes.network:
+        teacher_hash = weights_hash(teacher)
+        if prototypes.network != teacher_hash:
+            raise ValueError(
+                f'{name}: made with network {prototypes.network}, the teacher is {teacher_hash}; in the same order?'
+            )
+    return mean
 
 # %% ../../nbs/methods/03_ddb.ipynb #c72f6bb8
 def distill(
@@ -207,22 +225,23 @@ def distill(
     parity=False,  # distances at full size, cross-entropy over all pixels, the released soft labels
 ) -> Method:
     "DDB's second step: one student of two frozen teachers"
-    n, k = (
-        1 if isinstance(x, (str, nn.Module)) else len(x)
-        for x in (teachers, teachers if prototypes is None else prototypes)
-    )
+    n = _count(teachers)
     if n < 2:
         raise ValueError(
             'distill: a list of at least two teachers is needed, networks or weights files'
         )
-    if k != n:
+    if prototypes is not None and _count(prototypes) != n:
         raise ValueError(
-            f'distill: {k} prototypes for {n} teachers; give one for each, in the same order'
+            f'distill: {_count(prototypes)} prototypes for {n} teachers; give one for each, in the same order'
         )
-    nets = [t if isinstance(t, nn.Module) else _filled(deepcopy(net), t) for t in teachers]
-    means = None if prototypes is None else [_mean(net, t, p) for t, p in zip(nets, prototypes)]
-    view = EnsembleTargetView(Ensemble(nets, means, stride, parity), strong, soft, T)
+    nets = [t if isinstance(t, nn.Module) else _load(deepcopy(net), t) for t in teachers]
+    means = None
+    if prototypes is not None:
+        means = [_prototype_means(net, t, p) for t, p in zip(nets, prototypes)]
+    view = EnsembleTargetView(Ensemble(nets, means, stride, parity), soft, T)
+    source_losses = wrap_logit_loss(net, WeightedCrossEntropy(parity=parity))
+    target_losses = wrap_logit_loss(net, DistillationLoss(soft, w, T, parity))
     return Method(
-        Pass('source', source_view, *net.wrap_logit_loss(WeightedCrossEntropy(parity=parity))),
-        Pass('target', view, *net.wrap_logit_loss(DistillationLoss(soft, w, T, parity))),
+        Pass('source', source_view, *source_losses),
+        Pass('target', view, *target_losses, augment=strong),
     )

@@ -12,48 +12,46 @@ import torch
 
 from ..core.types import Sample, collate
 from ..core.utils import lookup
-from ..training.losses import WeightedCrossEntropy
+from ..training.losses import WeightedCrossEntropy, wrap_logit_loss
 from ..training.trainer import Method, Pass
 from ..training.views import MaskedView, source_view, target_view
 
 # %% ../../nbs/methods/01_mic.ipynb #1eb69fc8
-def source_target_view(step) -> Sample:  # img (B,3,H,W), lbl, wgt
-    "The first half of the source batch, then the first half of the target batch with the teacher's labels"
+def source_target_view(
+    step,  # `Step` with both domains and a teacher
+) -> Sample:  # img (B,3,H,W), lbl, wgt
+    "The first half of the source batch, then the first half of the target batch with pseudo-labels"
     n = len(step.tgt) // 2
-    src, ps = step.src[:n], step.pseudo[: len(step.tgt) - n]
+    pseudo = step.pseudo[: len(step.tgt) - n]
     if not n:
-        return ps
-    return collate(
-        [
-            src
-            if src.wgt is not None
-            else replace(src, wgt=torch.ones_like(src.lbl, dtype=ps.wgt.dtype)),
-            ps,
-        ]
-    )
+        return pseudo
+    src = step.src[:n]
+    if src.wgt is None:
+        src = replace(src, wgt=torch.ones_like(src.lbl, dtype=pseudo.wgt.dtype))
+    return collate([src, pseudo])
 
 
 MASK_SOURCES = dict(target=target_view, both=source_target_view, source=source_view)
 
 # %% ../../nbs/methods/01_mic.ipynb #786d4b55
 def mic(
-    method: Method,  # what it is added to; its teacher labels the hidden images
+    method: Method,  # is extended; its teacher labels the masked images
     net,  # the student of `method`
-    block=None,  # side of a patch in pixels; None = a sixteenth of the crop: 64 at 1024, 32 at 512
-    ratio=0.7,  # expected share that is hidden
-    w=1.0,  # λ_M
-    mode='target',  # which images: 'target', 'both', 'source'
-    strong=None,  # colour augmentation before hiding, a module; None = none
-    parity=False,
+    block: float | None = None,  # side of a patch in pixels; None = a sixteenth of the crop: 64 at 1024, 32 at 512
+    ratio: float = 0.7,  # expected share that is hidden
+    w: float = 1.0,  # λ_M
+    mode: str = 'target',  # which images: 'target', 'both', 'source'
+    strong=None,  # colour augmentation before masking, a module; None = none
+    parity: bool = False,  # λ_M on the main loss alone, cross-entropy over all pixels
 ) -> Method:  # the same `method`, one pass longer
-    "Add the pass of masked image consistency"
+    "Add the pass of masked image consistency; raises `ValueError` for an unknown mode or a missing teacher"
     view = lookup(mode, MASK_SOURCES, 'mode')
     if method.teacher is None and mode != 'source':
         raise ValueError(
-            f"mode='{mode}' needs a teacher and this method has none; add MIC to dacs or daformer, or use mode='source'"
+            f"mic: mode='{mode}' needs a teacher and this method has none; add MIC to dacs or daformer, or use mode='source'"
         )
-    crits = net.wrap_logit_loss(WeightedCrossEntropy(parity=parity))
-    for c in crits[:1] if parity else crits:
-        c.w *= w
-    method.passes.append(Pass('masked', MaskedView(view, block, ratio, strong), *crits))
+    losses = wrap_logit_loss(net, WeightedCrossEntropy(parity=parity))
+    for loss in losses[:1] if parity else losses:
+        loss.w *= w
+    method.passes.append(Pass('masked', MaskedView(view, block, ratio, strong), *losses))
     return method
