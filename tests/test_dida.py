@@ -287,11 +287,11 @@ def test_bfloat16_is_finite_and_near():
     for on in (False, True):
         mm, logs = copy.deepcopy(m), {}
         seed_all(0)
-        for name, parts in mm(
-            mm.new_step(
-                *PAIR, net, 0, lambda: torch.autocast('cpu', torch.bfloat16, enabled=on)
-            )
-        ):
+
+        def amp():
+            return torch.autocast('cpu', torch.bfloat16, enabled=on)
+
+        for name, parts in mm(mm.new_step(*PAIR, net, 0, amp)):
             logs |= parts
         sum(logs.values()).backward()
         both.append(logs['instance'].item())
@@ -374,7 +374,9 @@ def test_usual_settings():
         labeller.bank.update(torch.rand(19, 16), torch.ones(19, dtype=torch.bool))
     opinion = F.interpolate(
         profile_to_class_probs(
-            labeller.bank.similarities(step.teacher_output.fused).softmax(1), labeller.bank.label, 19
+            labeller.bank.similarities(step.teacher_output.fused).softmax(1),
+            labeller.bank.label,
+            19,
         ),
         (64, 128),
         mode='bilinear',

@@ -52,7 +52,12 @@ class BankUpdate(nn.Module):
         self.parity = parity
 
     @torch.no_grad()
-    def forward(self, out, x, step) -> None:
+    def forward(
+        self,
+        out,  # `SegOutput` of the student
+        x: Sample,  # source batch
+        step,  # its `Step`
+    ) -> None:
         due = step.it % self.every == 0
         if due or self.parity:
             self.update(out.fused.float(), x.lbl, step.it, due)
@@ -235,9 +240,9 @@ class BankLabeller:
 # %% ../../nbs/methods/06_dida.ipynb #4aec720a
 def dida(
     method: Method,  # with passes 'source' and 'mixed': `dacs`, `daformer`
-    net,
-    n_classes: int,  # the student
-    ch=None,  # width of its `SegOutput.fused`; None = its head's `ch`
+    net,  # the student
+    n_classes: int,  # classes of the bank
+    ch=None,  # width of the student's `SegOutput.fused`; None = its `embed_dim`
     lam=None,  # weight of the instance loss; None = .2, published .5
     rows=16,  # of the bank, per class
     tau=0.1,  # temperature
@@ -247,8 +252,8 @@ def dida(
     edge=True,  # candidates hold a boundary pixel
     bank=None,  # folder of a bank to begin with, see `load_bank`
     parity=False,  # the released arithmetic
-) -> Method:
-    "Dual-level interaction on top of self-training"
+) -> Method:  # the same, extended
+    "Add an instance bank, its loss and its labels; raises `ValueError` for a wrong `alpha` or missing passes"
     source, mixed = method.get_pass('source'), method.get_pass('mixed')
     if alpha is not None and not 0 <= alpha <= 1:
         raise ValueError(f'dida: alpha={alpha} should be a share between 0 and 1')
@@ -283,7 +288,8 @@ def migrate_bank_keys(
     views = [k for k in state if re.fullmatch(r'passes\.\d+\.(view\.)+bank\.feat', k)]
     wrapped = tuple(k.removesuffix('feat') for k in views)
     kept = {k: v for k, v in state.items() if not k.startswith(wrapped)}
-    slots = [int(k.split('.')[3]) for k in kept if re.fullmatch(r'passes\.0\.crits\.\d+\.bank\.feat', k)]
+    banks = [k for k in kept if re.fullmatch(r'passes\.0\.crits\.\d+\.bank\.feat', k)]
+    slots = [int(k.split('.')[3]) for k in banks]
     if len(slots) < 2:
         return kept
     metric = max(slots)  # the copy behind `BankUpdate`

@@ -52,7 +52,7 @@ def _window_starts(side, window, step):
 
 # %% ../../nbs/models/05_hrda.ipynb #27725664
 class HRDA(nn.Module):
-    "A segmentor that combines context and detail (HRDA sec. 3)"
+    "A segmentor that combines context and detail (HRDA sec. 3); raises `ValueError` if `crop` is no multiple of `2*cell`"
 
     has_detail = True  # `SegOutput.aux` holds a detail crop in training
     feature_scale = 0.5  # `SegOutput.feats` belong to the halved image
@@ -196,9 +196,7 @@ def forward_sliding(
     low, att = self.context(img)
     logits = blend(low.logits, self.sliding_detail(img), att)
     rows, columns = -(-height // self.cell), -(-width // self.cell)
-    return SegOutput(
-        logits[..., :rows, :columns], low.feats, low.fused, low.aux | dict(att=att)
-    )
+    return SegOutput(logits[..., :rows, :columns], low.feats, low.fused, low.aux | dict(att=att))
 
 
 @patch

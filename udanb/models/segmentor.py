@@ -82,15 +82,18 @@ def create_segmentor(
     n_classes: int = 19,  # classes to predict
     head: str = 'daformer',  # name of a head, see `udanb.models.heads`
     weights: str | None = None,  # of the encoder: None = random, 'imagenet', or a path
-    dim: int | None = None,  # the head's embedding of each map; None = the head's default, 256 for DAFormer's
+    dim: int
+    | None = None,  # the head's embedding of each map; None = the head's default, 256 for DAFormer's
     ch: int | None = None,  # the head's fusion channels; None = `dim`
     drop_path: float | None = None,  # stochastic depth; None = the encoder's default
     freeze_bn: bool = False,  # see `Segmentor`
-) -> Segmentor:
+) -> Segmentor:  # in training mode
     "Make a network by names; raises `ValueError` with the nearest name for an unknown one"
     new_head = lookup(head, HEADS, 'head')
     encoder = make_backbone(backbone, weights, drop_path)
-    return Segmentor(encoder, new_head(encoder.channels, n_classes, dim=dim, ch=ch), freeze_bn).train()
+    return Segmentor(
+        encoder, new_head(encoder.channels, n_classes, dim=dim, ch=ch), freeze_bn
+    ).train()
 
 # %% ../../nbs/models/04_segmentor.ipynb #cd3dbfcd
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
@@ -119,7 +122,8 @@ def param_groups(
     lr: float = 6e-5,  # of the encoder
     head_mult: float = 10.0,  # the head's learning rate is `lr*head_mult`
     wd: float = 0.01,  # weight decay
-    layer_decay: float | None = None,  # factor of the learning rate from each layer of the encoder to the one below it; None = all alike
+    layer_decay: float
+    | None = None,  # factor of the learning rate from each layer of the encoder to the one below it; None = all alike
 ) -> list:  # of dicts for `torch.optim.AdamW`: encoder, encoder norms, head; with `layer_decay` the first two per layer
     "Parameters by learning rate and weight decay; frozen ones are left out"
     layers, n_layers = ({}, 0) if layer_decay is None else layer_ids(net.backbone)

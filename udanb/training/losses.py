@@ -172,9 +172,7 @@ class ContextLoss(nn.Module):
         self.name = crit.name
 
     def forward(self, out: SegOutput, x: Sample, step=None) -> Tensor:  # scalar
-        img = F.interpolate(
-            x.img, scale_factor=self.scale, mode='bilinear', align_corners=False
-        )
+        img = F.interpolate(x.img, scale_factor=self.scale, mode='bilinear', align_corners=False)
         return self.crit(out, replace(x, img=img), step)
 
 # %% ../../nbs/training/00_losses.ipynb #3aadf92b

@@ -78,7 +78,10 @@ class EMATeacher(nn.Module):
         return self
 
     @torch.no_grad()
-    def forward(self, img: Tensor) -> SegOutput:
+    def forward(
+        self,
+        img: Tensor,  # (B,3,H,W) float, ImageNet-normalised
+    ) -> SegOutput:  # of the teacher's network, without gradients
         return self.net(img)
 
 # %% ../../nbs/training/02_teacher.ipynb #e300c42e

@@ -184,7 +184,7 @@ class Method(nn.Module):
 
 # %% ../../nbs/training/05_trainer.ipynb #96a57dc9
 class Trainer:
-    "The training loop: optimiser steps, log, checkpoints and evaluation of one run"
+    "Optimiser steps, log, checkpoints and evaluation of one run; raises `ValueError` in several processes"
 
     def __init__(
         self,
@@ -237,7 +237,9 @@ def step(
     self: Trainer,
     src: Sample,  # source batch, on any device
     tgt: Sample | None,  # target batch, on any device
-) -> dict:  # losses and notes by 'pass/name', `q` = largest weight of the pseudo-labels, `loss`, `lr`
+) -> (
+    dict
+):  # losses and notes by 'pass/name', `q` = largest weight of the pseudo-labels, `loss`, `lr`
     "One optimiser step; raises `FloatingPointError` if a loss is not finite"
     seed_all(self.seed, self.it)
     for group, lr in zip(self.opt.param_groups, self.base):
@@ -426,7 +428,9 @@ def is_due(
 
 # %% ../../nbs/training/05_trainer.ipynb #a71a3d81
 @patch
-def evaluate_networks(self: Trainer) -> dict:  # 'miou/student': …, and the teacher's, if there is one
+def evaluate_networks(
+    self: Trainer,
+) -> dict:  # 'miou/student': …, and the teacher's, if there is one
     "Scores of student and teacher; both return to training mode"
     if self.evaluate is None:
         return {}

@@ -93,7 +93,8 @@ class MaskedView(nn.Module):
     def __init__(
         self,
         view=target_view,  # `Step` -> `Sample`
-        block: float | None = None,  # side of a patch in pixels; None = a sixteenth of the image's shorter side
+        block: float
+        | None = None,  # side of a patch in pixels; None = a sixteenth of the image's shorter side
         ratio: float = 0.7,  # expected share that is hidden
         strong=None,  # colour augmentation before masking, (B,3,H,W) -> same; None = none
     ):
