@@ -51,7 +51,8 @@ from udanb.runs.stages import (
 )
 from udanb.runs.stamps import STAMP_FILE, damaged_files, output_files, read_stamp
 from udanb.training.callbacks import read_log
-from udanb.training.trainer import Step, Trainer
+from udanb.training.method import Step
+from udanb.training.trainer import Trainer
 
 CHILDREN = multiprocessing.get_context(
     'forkserver'

@@ -1,4 +1,4 @@
-"Additions on top of each other, as recipes build them: two steps are finite, and each addition has a gradient of its own"
+"Combinations of extensions, as recipes build them: two steps are finite, and each loss has its own gradient"
 
 import math
 
@@ -90,7 +90,7 @@ def size_of(v, module):
 
 
 def gradients(t, step):
-    "For each criterion of each pass: its value, and the size of its own gradient in the student (and in the criterion, where it has weights)"
+    "For each loss of each pass: its value, and the size of its gradient in the student and in the loss's own parameters"
     found = {}
     for p in t.method.passes:
         step.pass_name = p.name
@@ -138,7 +138,7 @@ def test_two_steps_and_a_gradient_from_each(plus, net, data, tmp_path):
 
 
 def test_order_of_additions(data, tmp_path):
-    "Each order of four additions that wrap the mixed view or add passes: the same criteria with the same weights, one augmentation, two steps"
+    "Each order of four extensions: the same losses with the same weights, one augmentation, two finite steps"
     four, seen = ('dida', 'cluda', 'paste', 'soft'), set()
     for i in range(4):
         t = trainer(
@@ -184,7 +184,7 @@ def test_all_of_them_resume_exactly(data, tmp_path):
 
 
 def test_mic_of_both_domains_has_no_colours(data, tmp_path):
-    "As params/cityscapes_acdc_mic_hrda.yaml asks for it: first source image, first target image, hidden and otherwise as they are"
+    "Settings of params/cityscapes_acdc_mic_hrda.yaml: first source and first target image, masked, colours unchanged"
     t = trainer(
         data,
         tmp_path,
@@ -320,7 +320,7 @@ def meta(r, n):
 
 @pytest.mark.parametrize('stem', ['gta_vfm', 'gta_vfm_dinov3'])
 def test_vfm(stem):
-    "VFM-UDA's numbers: 5e-5 times the root of the batch times a tenth; a hidden patch is a token; twelve blocks, each .9 of the next"
+    "VFM-UDA: lr 5e-5 times the root of the batch times 0.1; a masked patch is a token; each block has .9 of the next"
     r = asked(stem)
     assert (r.fd, r.plus, r.args, r.batch, r.crop, r.scale, r.head_mult, r.warmup, r.wd) == (
         0.0,

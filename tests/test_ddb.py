@@ -28,7 +28,8 @@ from udanb.methods.prototypes import (
 )
 from udanb.models.hrda import HRDA
 from udanb.models.segmentor import create_segmentor, param_groups
-from udanb.training.trainer import Step, Trainer
+from udanb.training.method import Step
+from udanb.training.trainer import Trainer
 
 src, tgt = toy_pair(2)
 

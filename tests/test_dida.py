@@ -28,6 +28,7 @@ from udanb.methods.instance_bank import (
 )
 from udanb.models.hrda import HRDA
 from udanb.models.segmentor import create_segmentor, param_groups
+from udanb.training.method import Step
 from udanb.training.trainer import Trainer
 
 PAIR = toy_pair(2)

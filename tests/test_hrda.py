@@ -14,9 +14,10 @@ from udanb.models.backbones import create_backbone
 from udanb.models.heads import DAFormerHead, DLV2Head
 from udanb.models.hrda import HRDA, detail_windows, random_boxes
 from udanb.models.segmentor import Segmentor, create_segmentor, param_groups
-from udanb.training.losses import FeatureDistance, WeightedCrossEntropy
+from udanb.training.losses import ContextLoss, DetailLoss, FeatureDistance, WeightedCrossEntropy
+from udanb.training.method import Method, Pass
 from udanb.training.teacher import EMATeacher
-from udanb.training.trainer import Method, Pass, Trainer
+from udanb.training.trainer import Trainer
 from udanb.training.views import source_view
 
 

@@ -1,4 +1,4 @@
-"soft, paste and mmd: against naive loops and autograd, on HRDA and UPerNet, and through a checkpoint; the scripts' params files"
+"soft, paste and mmd: naive loops and autograd, HRDA and UPerNet, checkpoints; params files of the scripts"
 
 from contextlib import nullcontext
 
@@ -151,7 +151,9 @@ def naive_paste(x, drawn):
     for i, each in enumerate(drawn):
         for c, img, m in each:
             for y, z in m.nonzero().tolist():
-                x.img[i, :, y, z], x.lbl[i, y, z], x.wgt[i, y, z] = img[:, y, z], c, 1.0
+                x.img[i, :, y, z] = img[:, y, z]
+                x.lbl[i, y, z] = c
+                x.wgt[i, y, z] = 1.0
     return x
 
 
@@ -360,7 +362,7 @@ def test_scripts_cover_the_list():
 
 @pytest.mark.parametrize('f', FILES, ids=lambda f: f.stem)
 def test_the_network_of_each_script(f):
-    "Built as the file says, on the meta device where the encoder allows it (no memory, no arithmetic): shapes fit, the head's width is the scripts'"
+    "Built from the file, on the meta device if the encoder allows it: shapes fit, the width is that of the scripts"
     p = yaml.safe_load(f.read_text())
     over = p['over']
     assert (

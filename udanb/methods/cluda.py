@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ..core.types import IGNORE, Sample, SegOutput
 from ..core.utils import upsample
 from ..inference.predict import sliding_windows
-from ..training.trainer import Method, drop_view_wrappers
+from ..training.method import Method, drop_view_wrappers
 
 # %% ../../nbs/methods/04_cluda.ipynb #6fac236f
 def grid_size(
@@ -304,7 +304,7 @@ def cluda(
     after=12_000,  # steps with random details in the mixed pass (of 40,000); None = always random
     parity=False,  # see `PixelContrastLoss`
 ) -> Method:  # the same, extended
-    "Add pixel contrast to the source and mixed pass, and uncertain details to the mixed one; raises `ValueError` without them"
+    "Add pixel contrast to source and mixed pass, uncertain details to the mixed one; raises `ValueError` without them"
     source, mixed = method.get_pass('source'), method.get_pass('mixed')
     weigher = ScaleWeightHead(net.backbone.channels, dim) if net.has_detail else None
     if w is None:

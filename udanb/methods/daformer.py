@@ -15,8 +15,8 @@ from udanb.training.losses import (
     wrap_feature_loss,
     wrap_logit_loss,
 )
+from ..training.method import Method, Pass
 from ..training.teacher import EMATeacher
-from ..training.trainer import Method, Pass
 from ..training.views import MixedView, class_mask, source_view
 
 # %% ../../nbs/methods/00_daformer.ipynb #a03c0863

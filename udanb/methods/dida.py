@@ -26,8 +26,8 @@ from udanb.methods.instance_bank import (
     profile_stats,
     profile_to_class_probs,
 )
+from ..training.method import Method, drop_view_wrappers
 from ..training.teacher import hard_pseudo_labels, zero_margins
-from ..training.trainer import Method, drop_view_wrappers
 
 # %% ../../nbs/methods/06_dida.ipynb #abee5ff3
 class BankUpdate(nn.Module):
@@ -130,9 +130,9 @@ def unpasted_mask(
     unpasted = (x.wgt < 1) | (pseudo.wgt == 1) & is_target
     return unpasted & (x.lbl != IGNORE)
 
-
+# %% ../../nbs/methods/06_dida.ipynb #3061e1e9
 class InstanceLoss(nn.Module):
-    "Loss of the mixed pass: cross-entropy of the student's profile with the teacher's, corrected by its class probabilities"
+    "Loss of the mixed pass: cross-entropy of the student's profile with the teacher's class-corrected one"
 
     name = 'instance'
 
@@ -225,7 +225,8 @@ class BankLabeller:
         self,
         step,  # `Step` with a teacher and a target
     ) -> Sample:  # img, lbl = pseudo-labels (B,H,W), wgt = confidence weights (B,H,W)
-        teacher, tgt, out = step.teacher, step.tgt, step.teacher_output
+        teacher, out = step.teacher, step.teacher_output
+        tgt = step.tgt
         size = tgt.img.shape[-2:]
         share = (1 - self.alpha) * self.bank.occupancy()  # of the bank
         prob = upsample(out.logits, size).softmax(1)

@@ -20,7 +20,7 @@ from udanb.training.losses import (
     wrap_feature_loss,
     wrap_logit_loss,
 )
-from ..training.trainer import Method, Pass
+from ..training.method import Method, Pass
 from ..training.views import target_view
 
 # %% ../../nbs/methods/07_extras.ipynb #cbe6bc60

@@ -13,7 +13,7 @@ import torch
 from ..core.types import Sample, collate
 from ..core.utils import lookup
 from ..training.losses import WeightedCrossEntropy, wrap_logit_loss
-from ..training.trainer import Method, Pass
+from ..training.method import Method, Pass
 from ..training.views import MaskedView, source_view, target_view
 
 # %% ../../nbs/methods/01_mic.ipynb #1eb69fc8
@@ -49,7 +49,8 @@ def mic(
     view = lookup(mode, MASK_SOURCES, 'mode')
     if method.teacher is None and mode != 'source':
         raise ValueError(
-            f"mic: mode='{mode}' needs a teacher and this method has none; add MIC to dacs or daformer, or use mode='source'"
+            f"mic: mode='{mode}' needs a teacher and this method has none; "
+            "add MIC to dacs or daformer, or use mode='source'"
         )
     losses = wrap_logit_loss(net, WeightedCrossEntropy(parity=parity))
     for loss in losses[:1] if parity else losses:

@@ -113,7 +113,7 @@ def save_prototypes(
     state = dict(mean=protos.mean.float(), count=protos.count)
     return save_weights(path, state, dict(network=protos.network))
 
-
+# %% ../../nbs/methods/02_prototypes.ipynb #a2cfd3f4
 def load_prototypes(
     path,  # what `save_prototypes` wrote, or a torch file with one (C,D) tensor; relative to the project, or absolute
 ) -> Prototypes:  # with `mean` in double precision
@@ -218,23 +218,28 @@ class Ensemble(nn.Module):
             t._apply(fn)
         return super()._apply(fn)
 
-    @torch.no_grad()
-    def each(
-        self,
-        img: Tensor,  # (B,3,H,W) float, ImageNet-normalised
-    ) -> list:  # of (B,C,H,W)
-        "Weighted probabilities of each teacher"
-        size = img.shape[-2:]
-        return [
-            weighted_probs(t(img), m, size, self.stride, self.parity)
-            for t, m in zip(self.frozen, self.means)
-        ]
+# %% ../../nbs/methods/02_prototypes.ipynb #100c367f
+@patch
+@torch.no_grad()
+def each(
+    self: Ensemble,
+    img: Tensor,  # (B,3,H,W) float, ImageNet-normalised
+) -> list:  # of (B,C,H,W)
+    "Weighted probabilities of each teacher"
+    size = img.shape[-2:]
+    return [
+        weighted_probs(t(img), m, size, self.stride, self.parity)
+        for t, m in zip(self.frozen, self.means)
+    ]
 
-    def forward(
-        self,
-        img: Tensor,  # (B,3,H,W) float, ImageNet-normalised
-    ) -> Tensor:  # (B,C,H,W)
-        return sum(self.each(img)) / len(self.frozen)
+
+@patch
+def forward(
+    self: Ensemble,
+    img: Tensor,  # (B,3,H,W) float, ImageNet-normalised
+) -> Tensor:  # (B,C,H,W)
+    "The mean of the teachers' weighted probabilities"
+    return sum(self.each(img)) / len(self.frozen)
 
 # %% ../../nbs/methods/02_prototypes.ipynb #6bc67eea
 @patch
@@ -243,7 +248,8 @@ def _load_from_state_dict(self: Ensemble, state, prefix, *args):
     was = state.get(f'{prefix}sign')
     if was is not None and not was.to(self.sign.device).equal(self.sign):
         raise ValueError(
-            'the checkpoint was trained with other teachers or prototypes than these; bring their files back, or choose another `out`'
+            'the checkpoint was trained with other teachers or prototypes than these; '
+            'bring their files back, or choose another `out`'
         )
     nn.Module._load_from_state_dict(self, state, prefix, *args)
 

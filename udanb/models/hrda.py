@@ -52,7 +52,7 @@ def _window_starts(side, window, step):
 
 # %% ../../nbs/models/05_hrda.ipynb #27725664
 class HRDA(nn.Module):
-    "A segmentor that combines context and detail (HRDA sec. 3); raises `ValueError` if `crop` is no multiple of `2*cell`"
+    "A segmentor of context and detail (HRDA sec. 3); raises `ValueError` if `crop` is no multiple of `2*cell`"
 
     has_detail = True  # `SegOutput.aux` holds a detail crop in training
     feature_scale = 0.5  # `SegOutput.feats` belong to the halved image
@@ -122,7 +122,9 @@ def forward(
     self: HRDA,
     img: Tensor,  # (B,3,H,W) float, ImageNet-normalised
     select_boxes=None,  # (context logits, (H,W), random boxes) -> (B,4) boxes, used in training; None = random
-) -> SegOutput:  # logits (B,C,⌈H/cell⌉,⌈W/cell⌉); feats, fused of the context; aux: att, and in training detail, box
+) -> (
+    SegOutput
+):  # logits (B,C,⌈H/cell⌉,⌈W/cell⌉); feats, fused of the context; aux: att, box, detail
     "A detail crop in training with gradients, windows otherwise"
     if self.training and torch.is_grad_enabled():
         return self.forward_train(img, select_boxes)
@@ -134,7 +136,7 @@ def context(
     self: HRDA,
     img: Tensor,  # (B,3,H,W), H and W multiples of `2*cell`
 ) -> tuple:  # `SegOutput` of the halved image, attention (B,C,h,w) in (0,1) on its grid
-    "The network's output on the halved image, and the scale attention; raises `ValueError` for another stride than `cell`"
+    "The output on the halved image, and the scale attention; raises `ValueError` for another stride than `cell`"
     out = self.net(half_size(img))
     height, width = img.shape[-2:]
     grid = (height // (2 * self.cell), width // (2 * self.cell))
