@@ -131,7 +131,7 @@ def class_candidates(
 def similarities(
     self: InstanceBank,
     e: Tensor,  # (B,D,h,w)
-    tau: float = 0.1,  # temperature; None = plain dot products of what is not negative, 0 for rows not written (published)
+    tau: float = 0.1,  # temperature; None = published: dot products after ReLU, 0 for empty rows
 ) -> Tensor:  # (B,K,h,w) float32
     "Similarity of each cell to each row"
     with torch.autocast(e.device.type, enabled=False):
@@ -219,7 +219,7 @@ def save_bank(
 def _write_npz(array, path):
     np.savez(path, array)
 
-
+# %% ../../nbs/methods/05_instance_bank.ipynb #aef373dd
 def load_bank(
     bank: InstanceBank,  # filled in place
     folder,  # relative to the project, or absolute
