@@ -65,25 +65,27 @@ class BankUpdate(nn.Module):
         step.note('bank_mass', mass)
         step.note('bank_entropy', entropy)
 
-    def update(
-        self,
-        embedding: Tensor,  # (B,D,h,w)
-        lbl: Tensor,  # (B,H,W)
-        it: int,  # steps already done
-        due: bool,  # published: rows that are already written are updated
-    ):
-        "Put one candidate per class and image into the bank"
-        bank = self.bank
-        lbl = grid_labels(lbl, embedding.shape[-2:])
-        generator = torch.Generator().manual_seed((torch.initial_seed() + it) % 2**63)
-        found, present = class_candidates(embedding, lbl, bank.n, self.edge, generator)
-        bank.record_stats(found, present, self.tau)
-        if self.parity and due:
-            published_update(bank, embedding, lbl)
-        for candidates, here in zip(found, present):
-            if self.parity:  # only empty rows are filled
-                here = here & ~bank.valid.view(bank.n, -1).all(1)
-            bank.update(candidates, here)
+# %% ../../nbs/methods/06_dida.ipynb #d1da0b01
+@patch
+def update(
+    self: BankUpdate,
+    embedding: Tensor,  # (B,D,h,w)
+    lbl: Tensor,  # (B,H,W)
+    it: int,  # steps already done
+    due: bool,  # published: rows that are already written are updated
+):
+    "Put one candidate per class and image into the bank"
+    bank = self.bank
+    lbl = grid_labels(lbl, embedding.shape[-2:])
+    generator = torch.Generator().manual_seed((torch.initial_seed() + it) % 2**63)
+    found, present = class_candidates(embedding, lbl, bank.n, self.edge, generator)
+    bank.record_stats(found, present, self.tau)
+    if self.parity and due:
+        published_update(bank, embedding, lbl)
+    for candidates, here in zip(found, present):
+        if self.parity:  # only empty rows are filled
+            here = here & ~bank.valid.view(bank.n, -1).all(1)
+        bank.update(candidates, here)
 
 # %% ../../nbs/methods/06_dida.ipynb #245976f7
 @patch

@@ -148,20 +148,6 @@ class Method(nn.Module):
     def __len__(self):
         return len(self.passes)
 
-    def get_pass(
-        self,
-        name: str,  # 'source', 'mixed', …
-    ) -> Pass:
-        "The pass of that name; raises `ValueError` if the method has none"
-        for p in self.passes:
-            if p.name == name:
-                return p
-        names = ', '.join(p.name for p in self.passes)
-        raise ValueError(
-            f"this method has no pass '{name}' (it has {names}); "
-            "add the extension to 'dacs', 'daformer' or a method built on them"
-        )
-
     def new_step(
         self,
         src: Sample,
@@ -181,6 +167,22 @@ class Method(nn.Module):
                 losses = p(step)
             yield p.name, losses
             del losses  # nothing outlives its pass
+
+# %% ../../nbs/training/05_method.ipynb #0e7a0b02
+@patch
+def get_pass(
+    self: Method,
+    name: str,  # 'source', 'mixed', …
+) -> Pass:
+    "The pass of that name; raises `ValueError` if the method has none"
+    for p in self.passes:
+        if p.name == name:
+            return p
+    names = ', '.join(p.name for p in self.passes)
+    raise ValueError(
+        f"this method has no pass '{name}' (it has {names}); "
+        "add the extension to 'dacs', 'daformer' or a method built on them"
+    )
 
 # %% ../../nbs/training/05_method.ipynb #438da1b8
 def drop_view_wrappers(
