@@ -116,11 +116,11 @@ def trainer(name, net, size):
     t = Trainer(
         model,
         method,
-        param_groups(model, r.optim.lr, r.optim.head_lr_mult, r.optim.weight_decay),
-        None,
-        r.optim.steps,
-        'nowhere',
-        r.seed,
+        groups=param_groups(model, r.optim.lr, r.optim.head_lr_mult, r.optim.weight_decay),
+        loader=None,
+        steps=r.optim.steps,
+        out='nowhere',
+        seed=r.seed,
         accelerator=Accelerator(cpu=True),
         quiet=True,
     )

@@ -50,7 +50,8 @@ from udanb.runs.run import train_run
 from udanb.runs.stages import label_paths, pseudo_label_stage, recipe_of, weights_of
 from udanb.runs.stamps import STAMP_FILE, damaged_files, output_files, read_stamp
 from udanb.training.callbacks import read_log
-from udanb.training.trainer import Step, Trainer
+from udanb.training.method import Step
+from udanb.training.trainer import Trainer
 
 CHILDREN = multiprocessing.get_context(
     'forkserver'

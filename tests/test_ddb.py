@@ -28,7 +28,8 @@ from udanb.methods.prototypes import (
 )
 from udanb.models.hrda import HRDA
 from udanb.models.segmentor import create_segmentor, param_groups
-from udanb.training.trainer import Step, Trainer
+from udanb.training.method import Step
+from udanb.training.trainer import Trainer
 
 src, tgt = toy_pair(2)
 
@@ -86,7 +87,7 @@ def test_kinds_of_bridges():
     lbl[0, :9] = IGNORE
 
     def step(m):
-        return Step(replace(src, lbl=lbl), tgt, net, m.teacher)
+        return m.new_step(replace(src, lbl=lbl), tgt, net)
 
     for parity in (False, True):
         m = bridge(net, 'class', parity=parity)
@@ -355,7 +356,7 @@ def test_who_sees_what():
     half = replace(tgt, wgt=torch.ones(2, 64, 128))
     half.wgt[:, :10] = 0
     before = tgt.img.clone()
-    x = m.passes[1].view(Step(src, half, net))
+    x = m.passes[1].make_batch(Step(src, half, net))
     assert x.img.equal(before + 1) and tgt.img.equal(before)  # the student: augmented
     assert all(
         seen[i][0].equal(before) and not seen[i][1].logits.requires_grad for i in (0, 1)
@@ -467,10 +468,10 @@ def test_a_resumed_run_is_the_same_run(tmp_path):
         t = Trainer(
             net,
             m,
-            param_groups(net, lr=1e-3),
-            lambda start: ((src, tgt) for _ in range(start, stop or steps)),
-            steps,
-            out,
+            groups=param_groups(net, lr=1e-3),
+            loader=lambda start: ((src, tgt) for _ in range(start, stop or steps)),
+            steps=steps,
+            out=out,
             quiet=True,
         )
         t.fit()
@@ -499,10 +500,10 @@ def test_a_resumed_bridge_is_the_same_run(tmp_path, kind):
         t = Trainer(
             net,
             m,
-            param_groups(net, lr=1e-3),
-            lambda start: ((src, tgt) for _ in range(start, stop)),
-            4,
-            out,
+            groups=param_groups(net, lr=1e-3),
+            loader=lambda start: ((src, tgt) for _ in range(start, stop)),
+            steps=4,
+            out=out,
             quiet=True,
         )
         t.fit()

@@ -24,8 +24,7 @@ from udanb.models.heads import (
     SegFormerHead,
     UPerHead,
 )
-from udanb.models.segmentor import AuxiliaryLoss
-from udanb.training.losses import WeightedCrossEntropy
+from udanb.training.losses import AuxiliaryLoss, WeightedCrossEntropy
 
 CHANNELS = {'MiT-like': (4, 6, 10, 16), 'CNN-like': (3, 5, 7, 9), 'ViT-like': (8, 8, 8, 8)}
 LAST = {'fcn', 'dlv2', 'dlv2_adapter'}  # heads that look at the last map only

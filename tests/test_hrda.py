@@ -11,11 +11,12 @@ from udanb.core.types import Sample
 from udanb.core.utils import seed_all, sliding_windows
 from udanb.models.backbones import create_backbone
 from udanb.models.heads import DAFormerHead, DLV2Head
-from udanb.models.hrda import HRDA, ContextLoss, DetailLoss, detail_windows, random_boxes
+from udanb.models.hrda import HRDA, detail_windows, random_boxes
 from udanb.models.segmentor import Segmentor, create_segmentor, param_groups
-from udanb.training.losses import FeatureDistance, WeightedCrossEntropy
+from udanb.training.losses import ContextLoss, DetailLoss, FeatureDistance, WeightedCrossEntropy
+from udanb.training.method import Method, Pass
 from udanb.training.teacher import EMATeacher
-from udanb.training.trainer import Method, Pass, Trainer
+from udanb.training.trainer import Trainer
 from udanb.training.views import source_view
 
 
@@ -267,10 +268,10 @@ def test_a_run_stopped_and_resumed_is_the_same_run(tmp_path):
                     DetailLoss(WeightedCrossEntropy()),
                 )
             ),
-            param_groups(h, lr=1e-3),
-            lambda it: batches[it:],
-            steps,
-            out,
+            groups=param_groups(h, lr=1e-3),
+            loader=lambda it: batches[it:],
+            steps=steps,
+            out=out,
             schedule=lambda it, n: 1.0,
             quiet=True,
         )

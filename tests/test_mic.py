@@ -15,7 +15,7 @@ from udanb.methods.daformer import dacs, daformer, source_only
 from udanb.methods.mic import MASK_SOURCES, mic, source_target_view
 from udanb.models.hrda import HRDA
 from udanb.models.segmentor import create_segmentor, param_groups
-from udanb.training.trainer import Step, Trainer
+from udanb.training.trainer import Trainer
 from udanb.training.views import MaskedView, patch_mask, source_view, target_view
 
 src, tgt = toy_pair(2)
@@ -32,7 +32,7 @@ def run(method, net, src=src, tgt=tgt, seed=0):
     seed_all(seed)
     net.zero_grad()
     logs = {}
-    for name, parts in method(Step(src, tgt, net, method.teacher)):
+    for name, parts in method(method.new_step(src, tgt, net)):
         sum(parts.values()).backward()
         logs |= {f'{name}/{k}': v.item() for k, v in parts.items()}
     return logs, torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
@@ -111,7 +111,7 @@ def test_earlier_passes_are_those_of_the_host(net):
 def test_nothing_hidden_is_self_training_on_the_target(net):
     net.eval()
     m = mic(dacs(net, tau=0.0), net, ratio=0.0)
-    x = m.passes[2].view(step := Step(src, tgt, net, m.teacher))
+    x = m.passes[2].view(step := m.new_step(src, tgt, net))
     assert x.img.equal(tgt.img) and x.lbl is step.pseudo.lbl
     out = net(x.img).logits
     want = F.cross_entropy(F.interpolate(out, x.img.shape[-2:], mode='bilinear'), step.pseudo.lbl)
@@ -134,7 +134,7 @@ def test_places_without_trust_have_no_say(net):
     p = m.passes[2]
     part = Sample(tgt.img, wgt=torch.ones(2, 64, 128))
     part.wgt[:, 32:] = 0
-    step = Step(src, part, net, m.teacher)
+    step = m.new_step(src, part, net)
     out = net(torch.zeros_like(tgt.img))._replace(
         logits=torch.randn(2, 19, 64, 128, requires_grad=True)
     )
@@ -148,7 +148,7 @@ def test_both_takes_half_of_each_domain(net, n):
     a, b = toy_pair(n, seed=1)
     a.wgt = torch.full(a.lbl.shape, 0.5)
     m = dacs(net, tau=0.0)
-    x = source_target_view(Step(a, b, net, m.teacher))
+    x = source_target_view(m.new_step(a, b, net))
     assert x.name == a.name[: n // 2] + b.name[: n - n // 2] and x.img.equal(
         torch.cat([a.img[: n // 2], b.img[: n - n // 2]])
     )
@@ -208,7 +208,7 @@ def test_bf16_has_finite_gradients(net):
     from functools import partial
 
     m = mic(dacs(net, tau=0.0), net)
-    step = Step(src, tgt, net, m.teacher, amp=partial(torch.autocast, 'cpu', torch.bfloat16))
+    step = m.new_step(src, tgt, net, amp=partial(torch.autocast, 'cpu', torch.bfloat16))
     net.zero_grad()
     for _, parts in m(step):
         sum(parts.values()).backward()
@@ -231,10 +231,10 @@ def test_resume_is_exact(tmp_path):
         return Trainer(
             net,
             m,
-            param_groups(net, lr=1e-3),
-            loader,
-            3,
-            out,
+            groups=param_groups(net, lr=1e-3),
+            loader=loader,
+            steps=3,
+            out=out,
             save_every=1,
             quiet=True,
             callbacks=[lambda t, row: 1 / 0 if row['it'] == stop else None],

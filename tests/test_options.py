@@ -1,4 +1,4 @@
-"soft, paste and mmd: against naive loops and autograd, on HRDA and UPerNet, and through a checkpoint; the scripts' params files"
+"soft, paste and mmd: naive loops and autograd, HRDA and UPerNet, checkpoints; params files of the scripts"
 
 from contextlib import nullcontext
 
@@ -19,7 +19,6 @@ from udanb.methods.extras import (
     FeatureQueue,
     RareClassPasteView,
     mmd,
-    pass_of,
     rare_class_paste,
     rare_classes,
     squared_mmd,
@@ -27,7 +26,7 @@ from udanb.methods.extras import (
 )
 from udanb.models.hrda import HRDA
 from udanb.models.segmentor import create_segmentor, param_groups
-from udanb.training.trainer import Step, Trainer
+from udanb.training.trainer import Trainer
 
 TOYS = (6, 7, 11, 12, 18)
 KINDS = dict(
@@ -59,7 +58,7 @@ def test_all_options_on_every_kind_of_network(kind, pair):
     m = everything(net)
     for it in range(2):  # at the second step bank and memories are filled
         grads = {}
-        for name, parts in m(Step(*pair, net, m.teacher, it)):
+        for name, parts in m(m.new_step(*pair, net, it)):
             net.zero_grad()
             sum(parts.values()).backward()
             assert all(torch.isfinite(v) for v in parts.values()), (name, parts)
@@ -75,7 +74,7 @@ def test_all_options_on_every_kind_of_network(kind, pair):
     def ce(p, scale):
         return [
             (c.name, round(c.w / scale, 6))
-            for c in pass_of(m, p).crits
+            for c in m.get_pass(p).crits
             if c.name in ('ce', 'detail', 'fcn')
         ]
 
@@ -121,11 +120,11 @@ def test_soft_is_the_weighted_sum_of_the_formula(pair):
 
     seed_all(1)
     net.zero_grad()
-    total(Step(*pair, net, m.teacher)).backward()
+    total(m.new_step(*pair, net)).backward()
     want = [p.grad.clone() for p in net.parameters()]
     seed_all(1)
     net.zero_grad()
-    for _, parts in m(Step(*pair, net, m.teacher)):
+    for _, parts in m(m.new_step(*pair, net)):
         sum(parts.values()).backward()
     for p, w in zip(net.parameters(), want):
         torch.testing.assert_close(p.grad, w, rtol=1e-3, atol=1e-6)
@@ -152,7 +151,9 @@ def naive_paste(x, drawn):
     for i, each in enumerate(drawn):
         for c, img, m in each:
             for y, z in m.nonzero().tolist():
-                x.img[i, :, y, z], x.lbl[i, y, z], x.wgt[i, y, z] = img[:, y, z], c, 1.0
+                x.img[i, :, y, z] = img[:, y, z]
+                x.lbl[i, y, z] = c
+                x.wgt[i, y, z] = 1.0
     return x
 
 
@@ -163,12 +164,12 @@ def test_paste_is_consistent_and_from_earlier_images(pair):
     view = m.passes[1].view
     assert isinstance(view, RareClassPasteView) and view.bank.draw(2) == []
     seed_all(1)
-    first = view(Step(*pair, net, m.teacher))
+    first = view(m.new_step(*pair, net))
     seed_all(1)
-    plain = view.view(Step(*pair, net, m.teacher))
+    plain = view.view(m.new_step(*pair, net))
     assert first.img.equal(plain.img) and first.lbl.equal(plain.lbl)  # nothing was in the bank yet
     assert view.bank.seen.sum() > 2
-    step = Step(toy_pair(2, seed=1)[0], pair[1], net, m.teacher)
+    step = m.new_step(toy_pair(2, seed=1)[0], pair[1], net)
     seed_all(2)
     want = view.view(step)
     want = naive_paste(want, [view.bank.draw(2) for _ in range(2)])
@@ -214,13 +215,13 @@ def test_colours_change_after_pasting():
             return -x
 
     m = rare_class_paste(dacs(net, strong=Minus()), (64, 128), TOYS, least=0.001)
-    view = m.passes[1].view
-    view.bank.put(src)
+    mixed = m.get_pass('mixed')
+    mixed.view.bank.put(src)
+    step = m.new_step(src, tgt, net)
     seed_all(4)
-    got = view(Step(src, tgt, net, m.teacher))
-    view.strong = torch.nn.Identity()
+    got = mixed.make_batch(step)
     seed_all(4)
-    want = view(Step(src, tgt, net, m.teacher))
+    want = mixed.view(step)
     assert got.lbl.equal(want.lbl) and got.img.equal(-want.img)
 
 
@@ -312,10 +313,10 @@ def trainer(out, pair, steps=4, save=2):
     return Trainer(
         net,
         everything(net),
-        param_groups(net, 1e-3),
-        lambda start: (batches[i % 2] for i in range(start, steps)),
-        steps,
-        out,
+        groups=param_groups(net, 1e-3),
+        loader=lambda start: (batches[i % 2] for i in range(start, steps)),
+        steps=steps,
+        out=out,
         save_every=save,
         quiet=True,
     )
@@ -361,7 +362,7 @@ def test_scripts_cover_the_list():
 
 @pytest.mark.parametrize('f', FILES, ids=lambda f: f.stem)
 def test_the_network_of_each_script(f):
-    "Built as the file says, on the meta device where the encoder allows it (no memory, no arithmetic): shapes fit, the head's width is the scripts'"
+    "Built from the file, on the meta device if the encoder allows it: shapes fit, the width is that of the scripts"
     p = yaml.safe_load(f.read_text())
     over = p['overrides']
     assert (

@@ -12,7 +12,7 @@ from udanb.core.utils import seed_all
 from udanb.models.heads import HEADS
 from udanb.models.hrda import HRDA
 from udanb.models.segmentor import Segmentor, param_groups
-from udanb.training.losses import WeightedCrossEntropy
+from udanb.training.losses import WeightedCrossEntropy, wrap_logit_loss
 
 FAMILIES = [f for f in TINY if f != 'eva02_l']
 
@@ -29,7 +29,9 @@ def sample(img):
 
 def loss(net, x):
     return sum(
-        c.w * c(out, x) for out in [net(x.img)] for c in net.wrap_logit_loss(WeightedCrossEntropy())
+        c.w * c(out, x)
+        for out in [net(x.img)]
+        for c in wrap_logit_loss(net, WeightedCrossEntropy())
     )
 
 

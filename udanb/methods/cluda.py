@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['grid_size', 'sample_map', 'sample_labels', 'sample_detail', 'log_ratio', 'contrast_loss_rows', 'ChunkedSum',
-           'chunked_contrast', 'ScaleWeightHead', 'PixelContrastLoss', 'max_entropy_boxes', 'UncertainDetailView',
-           'cluda']
+           'chunked_contrast', 'ScaleWeightHead', 'PixelContrastLoss', 'max_entropy_boxes', 'UncertainDetail', 'cluda']
 
 # %% ../../nbs/methods/04_cluda.ipynb #bff4a49b
 import torch
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 
 from ..core.types import IGNORE, Sample, SegOutput
 from ..core.utils import resize_map, sliding_windows
-from ..training.trainer import Method
+from ..training.method import Method, drop_view_wrappers
 
 # %% ../../nbs/methods/04_cluda.ipynb #6fac236f
 def grid_size(
@@ -55,23 +54,30 @@ def sample_detail(
     size: tuple,  # (H,W) of the image
     grid: tuple,  # (g_h,g_w)
 ) -> tuple:  # (B,C,g_h,g_w) float32, zeros outside; inside (B,g_h,g_w) bool
-    "A detail's map, read at the points of the whole image"
-    c, box = (box[0, 1] - box[0, 0]).item() // x.shape[-2], box.to(x.device)
-    at = []
-    for n, k, start, end in zip(size, grid, (box[:, 0], box[:, 2]), (box[:, 1], box[:, 3])):
-        u = (
-            torch.linspace(0, n // c - 1, k, device=x.device) - start[:, None] / c
-        )  # in the detail's cells
-        at.append(2 * u / ((end - start)[:, None] / c - 1) - 1)  # -1 and 1: its first and last cell
-    where = torch.stack([at[1][:, None].expand(-1, *grid), at[0][:, :, None].expand(-1, *grid)], -1)
-    return F.grid_sample(x.float(), where, align_corners=True), (where.abs() <= 1).all(-1)
+    "A detail's map, sampled at the points of the full image"
+    cell = (box[0, 1] - box[0, 0]).item() // x.shape[-2]  # pixels per cell of the map
+    box = box.to(x.device)
+    y = _detail_coordinates(size[0] // cell, grid[0], box[:, 0] / cell, box[:, 1] / cell)
+    x_ = _detail_coordinates(size[1] // cell, grid[1], box[:, 2] / cell, box[:, 3] / cell)
+    points = torch.stack(
+        [x_[:, None].expand(-1, *grid), y[:, :, None].expand(-1, *grid)], -1
+    )  # (B,g_h,g_w,2)
+    inside = (points.abs() <= 1).all(-1)
+    return F.grid_sample(x.float(), points, align_corners=True), inside
+
+
+def _detail_coordinates(n, points, start, end):
+    "(B,points) coordinates of points over n cells; -1 and 1 are the first and last cell of [start,end)"
+    at = torch.linspace(0, n - 1, points, device=start.device)
+    u = at - start[:, None]
+    return 2 * u / ((end - start)[:, None] - 1) - 1
 
 # %% ../../nbs/methods/04_cluda.ipynb #dd490d42
 def log_ratio(
     s: Tensor,  # (r,N) similarities
     neg: Tensor,  # (r,N) weights of the negatives, 0 = none
 ) -> Tensor:  # (r,N)
-    "ℓ: how much of the mass of itself and the negatives each cell has"
+    "ℓ: log ratio of a cell's own mass to that of itself and the negatives"
     e = s.exp()
     return s - torch.log(e + (e * neg).sum(1, keepdim=True))
 
@@ -82,25 +88,31 @@ def contrast_loss_rows(
     high: Tensor | None,  # (N,D) the detail's, 0 where there is none
     w: Tensor | None,  # (N,) learned weights
     lbl: Tensor,  # (N,) int64
-    trust: Tensor,  # (N,)
+    wgt: Tensor,  # (N,) weights of the labels
     inside: Tensor | None,  # (N,) bool, where a detail is
     parity=False,  # published: see above
 ) -> Tensor:  # scalar
     "Sum over these anchors of their mean loss over positives"
     ok = torch.ones_like(lbl, dtype=torch.bool) if parity else lbl != IGNORE
     same = lbl[rows, None] == lbl
-    other, pos = (~same & ok) * (1.0 if parity else trust), same & ok[rows, None] & ok
-    pos[:, rows].fill_diagonal_(False)
-    ell = log_ratio(low[rows] @ low.T, other)
+    negatives = (~same & ok) * (1.0 if parity else wgt)
+    positives = same & ok[rows, None] & ok
+    positives[:, rows].fill_diagonal_(False)
+    ell = log_ratio(low[rows] @ low.T, negatives)
     if high is not None:
-        W = w[rows, None] * w
-        W = (
-            W * (inside & (lbl != 0))[rows, None]
-            if parity
-            else torch.where(inside[rows, None] & inside, W, 1.0)
-        )
-        ell = W * ell + (1 - W) * log_ratio(low[rows] @ high.T, other if parity else other * inside)
-    return -((ell * pos * trust).sum(1) * trust[rows] / pos.sum(1).clamp(min=1)).sum()
+        scale = _scale_weights(rows, w, lbl, inside, parity)
+        detail_negatives = negatives if parity else negatives * inside
+        ell = scale * ell + (1 - scale) * log_ratio(low[rows] @ high.T, detail_negatives)
+    weighted = (ell * positives * wgt).sum(1) * wgt[rows]
+    return -(weighted / positives.sum(1).clamp(min=1)).sum()
+
+
+def _scale_weights(rows, w, lbl, inside, parity):
+    "W: the weight of context–context pairs, (r,N)"
+    scale = w[rows, None] * w
+    if parity:  # road is never inside
+        return scale * (inside & (lbl != 0))[rows, None]
+    return torch.where(inside[rows, None] & inside, scale, 1.0)
 
 # %% ../../nbs/methods/04_cluda.ipynb #b92534ad
 class ChunkedSum(torch.autograd.Function):
@@ -108,7 +120,7 @@ class ChunkedSum(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx,  # of autograd
         f,  # (slice, *tensors) -> scalar
         n: int,  # rows
         chunk: int,  # rows at a time
@@ -116,7 +128,8 @@ class ChunkedSum(torch.autograd.Function):
     ) -> Tensor:  # scalar
         need = [x is not None and x.requires_grad for x in xs]
         xs = [x.detach().requires_grad_() if k else x for x, k in zip(xs, need)]
-        leaves, total = [x for x, k in zip(xs, need) if k], 0.0
+        leaves = [x for x, k in zip(xs, need) if k]
+        total = 0.0
         for i in range(0, n, chunk):
             with torch.set_grad_enabled(any(need)):
                 part = f(slice(i, min(i + chunk, n)), *xs)
@@ -129,7 +142,11 @@ class ChunkedSum(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
+    def backward(
+        ctx,  # with the gradients of `forward`
+        g: Tensor,  # scalar
+    ) -> tuple:  # None for `f`, `n`, `chunk`, then gradients of the tensors or None
+        "Scale the gradients"
         grads = iter(ctx.saved_tensors)
         return None, None, None, *(g * next(grads) if k else None for k in ctx.need)
 
@@ -139,13 +156,19 @@ def chunked_contrast(
     chunk=128,  # rows at a time; None = all, by plain autograd
     parity=False,
 ) -> Tensor:  # scalar
-    "`contrast_loss_rows` of all rows without ever holding all rows"
-    f, n = lambda rows, *xs: contrast_loss_rows(rows, *xs, parity), len(cells[0])
-    return f(slice(0, n), *cells) if chunk is None else ChunkedSum.apply(f, n, chunk, *cells)
+    "`contrast_loss_rows` of all rows, of which only `chunk` are in memory at a time"
+
+    def loss_of(rows, *xs):
+        return contrast_loss_rows(rows, *xs, parity)
+
+    n = len(cells[0])
+    if chunk is None:
+        return loss_of(slice(0, n), *cells)
+    return ChunkedSum.apply(loss_of, n, chunk, *cells)
 
 # %% ../../nbs/methods/04_cluda.ipynb #f3015a87
 class ScaleWeightHead(nn.Module):
-    "How far to compare within the context, per cell"
+    "Per cell, the weight of the comparison within the context"
 
     def __init__(
         self,
@@ -163,9 +186,9 @@ class ScaleWeightHead(nn.Module):
         self,
         feats,  # maps (B,channels[i],h_i,w_i), finest first
     ) -> Tensor:  # (B,1,h_0,w_0) in (0,1)
-        return self.top(
-            sum(resize_map(e(f).float(), feats[0].shape[-2:]) for e, f in zip(self.embed, feats))
-        ).sigmoid()
+        size = feats[0].shape[-2:]
+        fused = sum(resize_map(embed(f).float(), size) for embed, f in zip(self.embed, feats))
+        return self.top(fused).sigmoid()
 
 # %% ../../nbs/methods/04_cluda.ipynb #352605fc
 class PixelContrastLoss(nn.Module):
@@ -174,7 +197,7 @@ class PixelContrastLoss(nn.Module):
     def __init__(
         self,
         weigher=None,  # a `ScaleWeightHead`, for an HRDA
-        w: float = 1.0,  # weight of this criterion
+        w: float = 1.0,  # weight of this loss
         stride=16,  # pixels per cell
         chunk=128,  # rows of the matrices at a time; None = all
         parity=False,  # void is a class, road has no detail, no context–context outside the detail, drifting labels
@@ -204,39 +227,32 @@ class PixelContrastLoss(nn.Module):
 @patch
 def cells(
     self: PixelContrastLoss,
-    out,
-    x,
-    weights,  # (B,1,h,w) of the weighting head, or None
+    out: SegOutput,  # of the student
+    x: Sample,  # its batch
+    weights: Tensor | None,  # (B,1,h,w) of the weighting head
 ) -> tuple:  # as for `contrast_loss_rows`
-    "All that is known at the points"
+    "Embeddings, labels and weights at the points; raises `ValueError` if there is a head and no detail"
     size = x.lbl.shape[-2:]
-    g = grid_size(size, self.stride)
-
-    def flat(m):
-        return m.movedim(1, -1).flatten(0, 2)
-
-    trust = x.lbl.new_ones(x.lbl.shape).float() if x.wgt is None else x.wgt
-    known = (
-        sample_labels(x.lbl, g, self.parity).flatten(),
-        flat(sample_map(trust[:, None], g))[:, 0],
-    )
-    low = F.normalize(flat(sample_map(out.fused, g)), dim=1, eps=1e-4)
-    high = None
-    inside = None
+    grid = grid_size(size, self.stride)
+    wgt = torch.ones_like(x.lbl, dtype=torch.float) if x.wgt is None else x.wgt
+    lbl = sample_labels(x.lbl, grid, self.parity).flatten()
+    wgt = _as_rows(sample_map(wgt[:, None], grid))[:, 0]
+    low = F.normalize(_as_rows(sample_map(out.fused, grid)), dim=1, eps=1e-4)
     if weights is None:
-        return low, None, None, *known, None
+        return low, None, None, lbl, wgt, None
     if 'detail_fused' not in out.aux:
         raise ValueError(
-            f"criterion '{self.name}': there is no detail in this output; is the network an HRDA in training mode?"
+            f"loss '{self.name}': there is no detail in this output; use an HRDA network in training mode"
         )
-    high, inside = sample_detail(out.aux['detail_fused'], out.aux['box'], size, g)
-    return (
-        low,
-        F.normalize(flat(high), dim=1, eps=1e-4),
-        flat(sample_map(weights, g))[:, 0],
-        *known,
-        inside.flatten(),
-    )
+    detail, inside = sample_detail(out.aux['detail_fused'], out.aux['box'], size, grid)
+    high = F.normalize(_as_rows(detail), dim=1, eps=1e-4)
+    w = _as_rows(sample_map(weights, grid))[:, 0]
+    return low, high, w, lbl, wgt, inside.flatten()
+
+
+def _as_rows(x):
+    "(B,C,h,w) -> (B·h·w,C)"
+    return x.movedim(1, -1).flatten(0, 2)
 
 # %% ../../nbs/methods/04_cluda.ipynb #8f63b8d3
 @torch.no_grad()
@@ -247,39 +263,34 @@ def max_entropy_boxes(
 ) -> Tensor:  # (B,4) int64 on the CPU
     "The window of largest mean entropy in each image"
     logp = logits.float().log_softmax(1)
-    ent, c = -(logp.exp() * logp).sum(1), size[0] // logits.shape[-2]
-    t, b, l, r = box[0].tolist()
-    h, w = b - t, r - l
-    corners = sliding_windows(size, (h, w), tuple(max(n // 2 // c, 1) * c for n in (h, w)))
-    means = torch.stack(
-        [ent[:, y // c : (y + h) // c, x // c : (x + w) // c].mean((1, 2)) for y, x in corners], 1
-    )
-    return torch.tensor([[y, y + h, x, x + w] for y, x in corners])[means.argmax(1).cpu()]
+    entropy = -(logp.exp() * logp).sum(1)
+    cell = size[0] // logits.shape[-2]  # pixels per cell
+    top, bottom, left, right = box[0].tolist()
+    h, w = bottom - top, right - left
+    step = tuple(max(n // 2 // cell, 1) * cell for n in (h, w))
+    corners = sliding_windows(size, (h, w), step)
+    windows = [
+        entropy[:, y // cell : (y + h) // cell, x // cell : (x + w) // cell] for y, x in corners
+    ]
+    means = torch.stack([window.mean((1, 2)) for window in windows], 1)
+    boxes = torch.tensor([[y, y + h, x, x + w] for y, x in corners])
+    return boxes[means.argmax(1).cpu()]
 
 # %% ../../nbs/methods/04_cluda.ipynb #0932aa0e
-class UncertainDetailView(nn.Module):
-    "A view whose student cuts its detail where it is uncertain"
+class UncertainDetail:
+    "Arguments of the student's forward: detail boxes of largest entropy, after `after` steps"
 
     def __init__(
         self,
-        view,  # `Step` -> `Sample`
-        net,  # the HRDA that is trained
         after: int,  # steps with random details
     ):
-        super().__init__()
-        self.view = view
-        self.net = [net]
-        self.after = after  # in a list: not a submodule
+        self.after = after
 
-    def once(self, logits, size, box):
-        self.net[0].box_selector = None
-        return max_entropy_boxes(logits, size, box)
-
-    def forward(self, step) -> Sample:
-        x = self.view(step)
-        if step.it > self.after:
-            self.net[0].box_selector = self.once
-        return x
+    def __call__(
+        self,
+        step,  # `Step`
+    ) -> dict:  # keyword arguments of `HRDA.forward`
+        return dict(select_boxes=max_entropy_boxes) if step.it > self.after else {}
 
 # %% ../../nbs/methods/04_cluda.ipynb #0fd8117e
 def cluda(
@@ -292,22 +303,15 @@ def cluda(
     after=12_000,  # steps with random details in the mixed pass (of 40,000); None = always random
     parity=False,  # see `PixelContrastLoss`
 ) -> Method:  # the same, extended
-    "Pixel contrast on source and mixed images, and details where the student is uncertain (CLUDA)"
-    passes = {p.name: p for p in method.passes}
-    if not {'source', 'mixed'} <= set(passes):
-        raise ValueError(
-            f"cluda adds to passes 'source' and 'mixed', but this method has {', '.join(passes)}; start from daformer or dacs"
-        )
-    two = hasattr(net, 'scale_attention')  # an HRDA
-    crit = PixelContrastLoss(
-        ScaleWeightHead(net.backbone.channels, dim) if two else None,
-        (1.0 if two else 0.1) if w is None else w,
-        stride,
-        chunk,
-        parity,
-    )
-    for k in ('source', 'mixed'):
-        passes[k].crits.append(crit)
-    if two and after is not None:
-        passes['mixed'].view = UncertainDetailView(passes['mixed'].view, net, after)
+    "Add pixel contrast to source and mixed pass, uncertain details to the mixed one; raises `ValueError` without them"
+    source, mixed = method.get_pass('source'), method.get_pass('mixed')
+    weigher = ScaleWeightHead(net.backbone.channels, dim) if net.has_detail else None
+    if w is None:
+        w = 1.0 if net.has_detail else 0.1
+    loss = PixelContrastLoss(weigher, w, stride, chunk, parity)
+    source.crits.append(loss)
+    mixed.crits.append(loss)
+    if net.has_detail and after is not None:
+        mixed.network_args = UncertainDetail(after)
+    method.migrations.append(drop_view_wrappers)
     return method

@@ -8,6 +8,8 @@ __all__ = ['BANK_FILES', 'InstanceBank', 'grid_labels', 'boundary_mask', 'class_
            'load_bank']
 
 # %% ../../nbs/methods/05_instance_bank.ipynb #27068f9c
+from functools import partial
+
 import numpy as np
 import torch
 from fastcore.basics import patch
@@ -24,10 +26,10 @@ class InstanceBank(nn.Module):
 
     def __init__(
         self,
-        n_classes: int,
-        ch: int,  # `ch` = width of `SegOutput.fused`
-        rows: int = 16,
-        m: float = 0.0,  # per class; share of the old row that stays, 0 = replace
+        n_classes: int,  # classes of the labels
+        ch: int,  # width of `SegOutput.fused`
+        rows: int = 16,  # per class
+        m: float = 0.0,  # share of the old row that stays, 0 = replace
     ):
         super().__init__()
         self.n = n_classes
@@ -36,30 +38,29 @@ class InstanceBank(nn.Module):
         self.register_buffer('feat', torch.zeros(n_classes * rows, ch))
         self.register_buffer('label', torch.arange(n_classes).repeat_interleave(rows))
         self.register_buffer('valid', torch.zeros(n_classes * rows, dtype=torch.bool))
-        self.register_buffer(
-            'ptr', torch.zeros(n_classes, dtype=torch.long)
-        )  # which row of each class is written next
-        self.register_buffer(
-            'seen', torch.zeros(3)
-        )  # entropy, own-class mass, right: see `profile_stats`
+        # which row of each class is written next
+        self.register_buffer('ptr', torch.zeros(n_classes, dtype=torch.long))
+        # entropy, own-class mass, accuracy: see `profile_stats`
+        self.register_buffer('seen', torch.zeros(3))
 
     @torch.no_grad()
     def update(
         self,
-        feat: Tensor,
-        here: Tensor,  # (C,D), one candidate per class; (C,) bool: which of them are there
+        feat: Tensor,  # (C,D), one candidate per class
+        here: Tensor,  # (C,) bool: which of them are present
     ):
-        "One row of each class that is there"
+        "Write one row of each class that is present"
         k = torch.arange(self.n, device=feat.device) * self.rows + self.ptr
-        old, was = self.feat[k], self.valid[k]
-        new = torch.where(was[:, None], torch.lerp(feat, old, self.m), feat)
-        self.feat[k], self.valid[k] = torch.where(here[:, None], new, old), was | here
+        old, written = self.feat[k], self.valid[k]
+        new = torch.where(written[:, None], torch.lerp(feat, old, self.m), feat)
+        self.feat[k] = torch.where(here[:, None], new, old)
+        self.valid[k] = written | here
         self.ptr.copy_((self.ptr + here) % self.rows)
 
 # %% ../../nbs/methods/05_instance_bank.ipynb #0aacfe3c
 @patch
 def seen_classes(self: InstanceBank) -> Tensor:  # (C,) float, 1 = the class has a row
-    "Classes that can be recognised"
+    "Classes that have at least one row"
     return torch.zeros(self.n, device=self.valid.device).scatter_reduce(
         0, self.label, self.valid.float(), 'amax'
     )
@@ -67,13 +68,13 @@ def seen_classes(self: InstanceBank) -> Tensor:  # (C,) float, 1 = the class has
 
 @patch
 def occupancy(self: InstanceBank) -> Tensor:  # scalar in [0,1]
-    "How full the rows of the classes met so far are"
+    "Share of written rows, of the classes that have any"
     return self.valid.sum() / (self.rows * self.seen_classes().sum()).clamp(min=1)
 
 # %% ../../nbs/methods/05_instance_bank.ipynb #d0f98f67
 def grid_labels(
-    lbl: Tensor,
-    size: tuple,  # (B,H,W) int64; (h,w) of the embedding
+    lbl: Tensor,  # (B,H,W) int64
+    size: tuple,  # (h,w) of the embedding
 ) -> Tensor:  # (B,h,w) int64
     "The label at each cell's centre"
     return F.interpolate(lbl[:, None].float(), tuple(size), mode='nearest-exact')[:, 0].long()
@@ -83,40 +84,46 @@ def boundary_mask(
     lbl: Tensor,  # (B,h,w) int64
 ) -> Tensor:  # (B,h,w) bool
     "Labelled cells with at least two labels in their 3×3 neighbourhood"
-    void, pool = lbl == IGNORE, lambda x: F.max_pool2d(x[:, None].float(), 3, 1, 1)[:, 0]
-    return (pool(lbl.masked_fill(void, -1)) != -pool(-lbl.masked_fill(void, 2**20))) & ~void
+    void = lbl == IGNORE
+    largest = _max_of_neighbours(lbl.masked_fill(void, -1))
+    smallest = -_max_of_neighbours(-lbl.masked_fill(void, 2**20))
+    return (largest != smallest) & ~void
+
+
+def _max_of_neighbours(x):
+    "Maximum over 3×3 cells"
+    return F.max_pool2d(x[:, None].float(), 3, 1, 1)[:, 0]
 
 # %% ../../nbs/methods/05_instance_bank.ipynb #6cb27e69
 def class_means(
-    e: Tensor,
-    lbl: Tensor,  # (B,D,h,w), (B,h,w)
+    e: Tensor,  # (B,D,h,w)
+    lbl: Tensor,  # (B,h,w)
     n: int,  # classes
 ) -> tuple:  # means (B,n,D), 0 where the class is absent; cells (B,n); membership (B,h*w,n)
     "Mean embedding of each class in each image"
-    one = F.one_hot(lbl.masked_fill(lbl == IGNORE, n).flatten(1), n + 1)[..., :n].float()
-    return (
-        torch.einsum('bdp,bpc->bcd', e.flatten(2), one) / one.sum(1).clamp(min=1)[..., None],
-        one.sum(1),
-        one,
-    )
+    ids = lbl.masked_fill(lbl == IGNORE, n).flatten(1)
+    member = F.one_hot(ids, n + 1)[..., :n].float()
+    count = member.sum(1)
+    total = torch.einsum('bdp,bpc->bcd', e.flatten(2), member)
+    return total / count.clamp(min=1)[..., None], count, member
 
 
 def class_candidates(
-    e: Tensor,
-    lbl: Tensor,
-    n: int,  # as in `class_means`
-    edge=True,
-    gen=None,  # with a boundary pixel; generator of its draw
-) -> tuple:  # (B,n,D), and (B,n) bool: which are there
-    "One per class and image"
-    mean, count, one = class_means(e, lbl, n)
+    e: Tensor,  # (B,D,h,w)
+    lbl: Tensor,  # (B,h,w)
+    n: int,  # classes
+    edge: bool = True,  # averaged with a random boundary pixel
+    gen=None,  # `torch.Generator` of that draw
+) -> tuple:  # (B,n,D), and (B,n) bool: which are present
+    "One embedding per class and image"
+    mean, count, member = class_means(e, lbl, n)
     if not edge:
         return mean, count > 0
-    score = (
-        1 - torch.rand(lbl.shape, generator=gen).to(e.device) + boundary_mask(lbl)
-    )  # any boundary cell beats any other
-    at = (score.flatten(1)[..., None] * one).argmax(1)
-    pixel = e.flatten(2).gather(2, at[:, None].expand(-1, e.shape[1], -1)).transpose(1, 2)
+    draw = torch.rand(lbl.shape, generator=gen).to(e.device)
+    score = 1 - draw + boundary_mask(lbl)  # a boundary cell is above all others
+    cell = (score.flatten(1)[..., None] * member).argmax(1)
+    index = cell[:, None].expand(-1, e.shape[1], -1)
+    pixel = e.flatten(2).gather(2, index).transpose(1, 2)
     return (mean + pixel) / 2, count > 0
 
 # %% ../../nbs/methods/05_instance_bank.ipynb #1bfccc14
@@ -124,114 +131,134 @@ def class_candidates(
 def similarities(
     self: InstanceBank,
     e: Tensor,  # (B,D,h,w)
-    tau: float = 0.1,  # temperature; None = plain dot products of what is not negative, 0 for rows not written (published)
+    tau: float = 0.1,  # temperature; None = published: dot products after ReLU, 0 for empty rows
 ) -> Tensor:  # (B,K,h,w) float32
     "Similarity of each cell to each row"
     with torch.autocast(e.device.type, enabled=False):
-        e, f = (
-            (e.float().relu(), self.feat.relu())
-            if tau is None
-            else (F.normalize(e.float(), eps=1e-4), F.normalize(self.feat, eps=1e-4))
-        )
-        s = torch.einsum('kd,bdhw->bkhw', f, e)
-    off = ~self.valid[:, None, None]
-    return s.masked_fill(off, 0.0) if tau is None else (s / tau).masked_fill(off, -1e4)
+        if tau is None:
+            e, rows = e.float().relu(), self.feat.relu()
+        else:
+            e, rows = F.normalize(e.float(), eps=1e-4), F.normalize(self.feat, eps=1e-4)
+        s = torch.einsum('kd,bdhw->bkhw', rows, e)
+    empty = ~self.valid[:, None, None]
+    if tau is None:
+        return s.masked_fill(empty, 0.0)
+    return (s / tau).masked_fill(empty, -1e4)
 
 # %% ../../nbs/methods/05_instance_bank.ipynb #dfe4870a
 def class_corrected_profile(
-    s: Tensor,
-    logp: Tensor,
-    label: Tensor,  # (B,K,h,w) from `sims`; (B,C,h,w) log-probabilities; (K,)
+    s: Tensor,  # (B,K,h,w) from `similarities`
+    logp: Tensor,  # (B,C,h,w) log-probabilities
+    label: Tensor,  # (K,) classes of the rows
 ) -> Tensor:  # (B,K,h,w), sums to 1 over the rows
     "The profile, corrected by class probabilities (SimMatch)"
     return (s + logp[:, label]).softmax(1)
 
 # %% ../../nbs/methods/05_instance_bank.ipynb #6aa29635
 def profile_to_class_probs(
-    q: Tensor,
-    label: Tensor,
-    n: int,  # (B,K,h,w), a profile; (K,); classes
+    q: Tensor,  # (B,K,h,w), a profile
+    label: Tensor,  # (K,) classes of the rows
+    n: int,  # classes
 ) -> Tensor:  # (B,n,h,w)
     "The profile's mass on each class"
     return q.new_zeros(len(q), n, *q.shape[2:]).index_add(1, label, q)
 
 # %% ../../nbs/methods/05_instance_bank.ipynb #c45c1263
 def profile_stats(
-    q: Tensor,
-    label: Tensor,
-    cls: Tensor,  # (N,K) profiles; (K,); (N,) the true classes
+    q: Tensor,  # (N,K) profiles
+    label: Tensor,  # (K,) classes of the rows
+    cls: Tensor,  # (N,) the true classes
     k: int | Tensor,  # rows that could be chosen
-) -> Tensor:  # (N,3): entropy / log k, own-class mass, nearest row right
-    "How telling profiles are"
+) -> Tensor:  # (N,3): entropy / log k, own-class mass, 1 if the nearest row is of the class
+    "Normalised entropy, own-class mass and top-1 accuracy of each profile"
     own = label[None] == cls[:, None]
-    ent = (
-        -(q * q.clamp(min=1e-30).log()).sum(1)
-        / torch.as_tensor(k, device=q.device).float().clamp(min=2).log()
-    )
-    return torch.stack([ent, (q * own).sum(1), label[q.argmax(1)].eq(cls).float()], 1)
+    entropy = -(q * q.clamp(min=1e-30).log()).sum(1)
+    largest = torch.as_tensor(k, device=q.device).float().clamp(min=2).log()
+    right = label[q.argmax(1)].eq(cls).float()
+    return torch.stack([entropy / largest, (q * own).sum(1), right], 1)
 
 
 @torch.no_grad()
 def evaluate_bank(
-    bank: InstanceBank,
+    bank: InstanceBank,  # with at least three rows
     tau: float | None = 0.1,  # None = the published profile, divided by its sum
 ) -> dict:  # entropy, mass, chance (mass of a uniform profile), right
-    "Each row against all others"
-    f, l = bank.feat[bank.valid], bank.label[bank.valid]
-    if (k := len(f) - 1) < 2:
+    "Profile statistics of each row against all others; raises `ValueError` for fewer than three rows"
+    rows, label = bank.feat[bank.valid], bank.label[bank.valid]
+    k = len(rows) - 1  # rows to compare with
+    if k < 2:
         raise ValueError(f'the bank has {k + 1} written rows; three are needed for a comparison')
-    me, same = torch.eye(k + 1, dtype=torch.bool, device=f.device), l[None] == l[:, None]
-    x = f @ f.T if tau is None else F.normalize(f) @ F.normalize(f).T / tau
-    q = (
-        (x * ~me) / (x * ~me).sum(1, keepdim=True)
-        if tau is None
-        else x.masked_fill(me, -1e4).softmax(1)
-    )
-    ent, mass, right = profile_stats(q, l, l, k).mean(0).tolist()
-    return dict(entropy=ent, mass=mass, chance=(same.sum(1) - 1.0).mean().item() / k, right=right)
+    me = torch.eye(k + 1, dtype=torch.bool, device=rows.device)
+    if tau is None:
+        s = (rows @ rows.T) * ~me
+        profiles = s / s.sum(1, keepdim=True)
+    else:
+        s = F.normalize(rows) @ F.normalize(rows).T / tau
+        profiles = s.masked_fill(me, -1e4).softmax(1)
+    entropy, mass, right = profile_stats(profiles, label, label, k).mean(0).tolist()
+    same = label[None] == label[:, None]
+    chance = (same.sum(1) - 1.0).mean().item() / k
+    return dict(entropy=entropy, mass=mass, chance=chance, right=right)
 
 # %% ../../nbs/methods/05_instance_bank.ipynb #c3f594e5
 BANK_FILES = 'f_buffer_s.npz', 'l_buffer_s.npz'
 
 
 def save_bank(
-    bank: InstanceBank,
+    bank: InstanceBank,  # its written rows are saved
     folder,  # relative to the project, or absolute
 ) -> list:  # the two paths
-    "Write the rows in DIDA's form"
-    return [
-        atomic_write(resolve(folder) / f, lambda p: np.savez(p, r[bank.valid].cpu().numpy()))
-        for f, r in zip(BANK_FILES, (bank.feat, bank.label))
-    ]
+    "Write the rows in DIDA's format"
+    paths = []
+    for name, rows in zip(BANK_FILES, (bank.feat, bank.label)):
+        array = rows[bank.valid].cpu().numpy()
+        paths.append(atomic_write(resolve(folder) / name, partial(_write_npz, array)))
+    return paths
 
 
+def _write_npz(array, path):
+    np.savez(path, array)
+
+# %% ../../nbs/methods/05_instance_bank.ipynb #aef373dd
 def load_bank(
-    bank: InstanceBank,
-    folder,  # filled in place; as above
-) -> InstanceBank:
-    "Read rows in DIDA's form"
+    bank: InstanceBank,  # filled in place
+    folder,  # relative to the project, or absolute
+) -> InstanceBank:  # the same
+    "Read rows in DIDA's format; raises `FileNotFoundError` for missing files, `ValueError` if they do not fit"
     folder = resolve(folder)
-    if lost := [f for f in BANK_FILES if not (folder / f).exists()]:
+    missing = [f for f in BANK_FILES if not (folder / f).exists()]
+    if missing:
         raise FileNotFoundError(
-            f'{folder / lost[0]} is not there; a bank is {" and ".join(BANK_FILES)}'
+            f'{folder / missing[0]} is not there; a bank is {" and ".join(BANK_FILES)}'
         )
-    feat, lbl = (
+    feat, label = (
         torch.from_numpy(np.load(folder / f)['arr_0']).to(bank.feat.device) for f in BANK_FILES
     )
-    if feat.shape != (len(lbl), bank.feat.shape[1]):
-        raise ValueError(
-            f'{folder}: embeddings {tuple(feat.shape)} for {len(lbl)} labels; this network needs ({len(lbl)}, {bank.feat.shape[1]})'
-        )
-    if len(lbl) and not 0 <= lbl.min() <= lbl.max() < bank.n:
-        raise ValueError(
-            f'{folder / BANK_FILES[1]}: labels {lbl.min()} to {lbl.max()}; there are {bank.n} classes'
-        )
-    count = torch.bincount(lbl, minlength=bank.n)
-    if count.max() > bank.rows:
-        raise ValueError(
-            f'{folder / BANK_FILES[1]}: {count.max()} rows of class {count.argmax()}, room for {bank.rows}; set rows={count.max()}'
-        )
+    _check_rows(bank, feat, label, folder)
+    count = torch.bincount(label, minlength=bank.n)
     at = [c * bank.rows + i for c, n in enumerate(count.tolist()) for i in range(n)]
-    bank.valid.zero_()[at], bank.feat.zero_()[at] = True, feat[lbl.argsort(stable=True)].float()
+    bank.valid.zero_()
+    bank.feat.zero_()
+    bank.valid[at] = True
+    bank.feat[at] = feat[label.argsort(stable=True)].float()
     bank.ptr.copy_(count % bank.rows)
     return bank
+
+
+def _check_rows(bank, feat, label, folder):
+    "Raise `ValueError` for rows that do not fit into the bank"
+    n, dim = len(label), bank.feat.shape[1]
+    if feat.shape != (n, dim):
+        raise ValueError(
+            f'{folder}: embeddings {tuple(feat.shape)} for {n} labels; this network needs ({n}, {dim})'
+        )
+    path = folder / BANK_FILES[1]
+    if n and not 0 <= label.min() <= label.max() < bank.n:
+        raise ValueError(
+            f'{path}: labels {label.min()} to {label.max()}; there are {bank.n} classes'
+        )
+    count = torch.bincount(label, minlength=bank.n)
+    if count.max() > bank.rows:
+        raise ValueError(
+            f'{path}: {count.max()} rows of class {count.argmax()}, room for {bank.rows}; set rows={count.max()}'
+        )

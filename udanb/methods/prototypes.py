@@ -17,29 +17,29 @@ from torch.nn import functional as F
 from ..checkpoints.weights import load_weights, save_weights
 from ..core.state_dicts import load_torch_file, weights_hash
 from ..core.types import IGNORE, SegOutput
-from ..core.utils import eval_mode, module_device, progress_bar, resize_map, resolve
+from ..core.utils import eval_mode, progress_bar, resize_map, resolve
 
 # %% ../../nbs/methods/02_prototypes.ipynb #fb9189db
 def class_mean_embeddings(
     f: Tensor,  # (B,D,h,w) embedding
     lbl: Tensor,  # (B,H,W) int64
-    n_classes: int,
+    n_classes: int,  # labels are below it
 ) -> tuple:  # (B,C,D) float32, 0 where the class is absent; (B,C) its pixels
     "Mean of the enlarged embedding over each class, without enlarging it"
-    one = (
-        F.one_hot(lbl.masked_fill(lbl == IGNORE, n_classes), n_classes + 1)[..., :n_classes]
-        .movedim(-1, 1)
-        .float()
-    )
+    ids = lbl.masked_fill(lbl == IGNORE, n_classes)
+    one = F.one_hot(ids, n_classes + 1)[..., :n_classes].movedim(-1, 1).float()
+    rows = _resize_matrix(f.shape[2], lbl.shape[1], f.device)
+    columns = _resize_matrix(f.shape[3], lbl.shape[2], f.device)
+    share = rows @ one @ columns.T
+    pixels = one.sum((2, 3))
+    total = torch.einsum('bchw,bdhw->bcd', share, f.float())
+    return total / pixels.clamp(min=1)[..., None], pixels
 
-    def grow(n, N):
-        return F.interpolate(
-            torch.eye(n, device=f.device)[None], N, mode='linear', align_corners=False
-        )[0]  # (n,N)
 
-    share = grow(f.shape[2], lbl.shape[1]) @ one @ grow(f.shape[3], lbl.shape[2]).T
-    px = one.sum((2, 3))
-    return torch.einsum('bchw,bdhw->bcd', share, f.float()) / px.clamp(min=1)[..., None], px
+def _resize_matrix(n, size, device):
+    "(n,size) weights of linear interpolation from n cells to `size`"
+    identity = torch.eye(n, device=device)[None]
+    return F.interpolate(identity, size, mode='linear', align_corners=False)[0]
 
 # %% ../../nbs/methods/02_prototypes.ipynb #06683315
 class Prototypes:
@@ -47,16 +47,14 @@ class Prototypes:
 
     def __init__(
         self,
-        n_classes: int,
-        dim: int,  # `dim` = width of `SegOutput.fused`
+        n_classes: int,  # rows of `mean`
+        dim: int,  # width of `SegOutput.fused`
         cap=None,  # votes that count at most, then a moving average; published 3000, None = all
         min_pixels=10,  # pixels a class must have in an image
-        network='',  # hash of the network that was asked, see `weights_hash`
+        network='',  # hash of the network that computed them, see `weights_hash`
     ):
-        self.mean, self.count = (
-            torch.zeros(n_classes, dim, dtype=torch.float64),
-            torch.zeros(n_classes, dtype=torch.long),
-        )
+        self.mean = torch.zeros(n_classes, dim, dtype=torch.float64)
+        self.count = torch.zeros(n_classes, dtype=torch.long)
         self.cap = cap or 2**60
         self.min_pixels = min_pixels
         self.network = network
@@ -68,13 +66,14 @@ class Prototypes:
         size: tuple,  # (H,W) of the images
         wgt=None,  # (B,H,W), 0 = does not count
     ):
-        "Take in a batch"
+        "Update the means with a batch"
         lbl = resize_map(out.logits.float(), size).argmax(1)
         if wgt is not None:
             lbl = lbl.masked_fill(wgt == 0, IGNORE)
-        for v, px in zip(*(t.cpu() for t in class_mean_embeddings(out.fused, lbl, len(self.mean)))):
+        means, pixels = class_mean_embeddings(out.fused, lbl, len(self.mean))
+        for mean, px in zip(means.cpu(), pixels.cpu()):
             here = px >= self.min_pixels
-            self.mean[here] += (v[here] - self.mean[here]) / (self.count[here] + 1)[:, None]
+            self.mean[here] += (mean[here] - self.mean[here]) / (self.count[here] + 1)[:, None]
             self.count = (self.count + here).clamp(max=self.cap)
 
 # %% ../../nbs/methods/02_prototypes.ipynb #ce45b4f0
@@ -82,70 +81,65 @@ def find_prototypes(
     net,  # a trained network, on its device
     samples,  # iterable of `Sample`s of the target: img, and wgt = valid mask or None; no labels needed
     n_classes=None,  # None = the network's
-    cap=None,
+    cap=None,  # see `Prototypes`
     min_pixels=10,  # see `Prototypes`
     quiet=True,  # no progress bar
-) -> Prototypes:
-    "Ask a network about the target; its modules keep their modes"
+) -> Prototypes:  # with the network's hash
+    "Prototypes of a network on the target; its modules keep their modes. Raises `ValueError` if no class is found"
     protos = None
-    dev = module_device(net)
+    device = next(net.parameters()).device
     with eval_mode(net):
         for x in progress_bar(samples, 'prototypes', quiet=quiet):
-            x = x.to(dev)
+            x = x.to(device)
             out = net(x.img)
-            protos = protos or Prototypes(
-                n_classes or net.n_classes, out.fused.shape[1], cap, min_pixels, weights_hash(net)
-            )
+            if protos is None:
+                classes, dim = n_classes or net.n_classes, out.fused.shape[1]
+                protos = Prototypes(classes, dim, cap, min_pixels, weights_hash(net))
             protos.add(out, tuple(x.img.shape[-2:]), x.wgt)
-    if protos is None or not protos.count.any():
+    if protos is None:
+        raise ValueError('no prototype was found: there were no images')
+    if not protos.count.any():
         raise ValueError(
-            'no prototype was found: '
-            + (
-                'there were no images'
-                if protos is None
-                else f'no class fills {min_pixels} px in any of the images'
-            )
+            f'no prototype was found: no class fills {min_pixels} px in any of the images'
         )
     return protos
 
 # %% ../../nbs/methods/02_prototypes.ipynb #66969840
 def save_prototypes(
-    path,
-    protos: Prototypes,  # …/name.safetensors
+    path,  # …/name.safetensors
+    protos: Prototypes,  # as from `find_prototypes`
 ):  # the path
-    "Write them, atomically"
-    return save_weights(
-        path, dict(mean=protos.mean.float(), count=protos.count), dict(network=protos.network)
-    )
+    "Write prototypes atomically; returns the path"
+    state = dict(mean=protos.mean.float(), count=protos.count)
+    return save_weights(path, state, dict(network=protos.network))
 
-
+# %% ../../nbs/methods/02_prototypes.ipynb #a2cfd3f4
 def load_prototypes(
     path,  # what `save_prototypes` wrote, or a torch file with one (C,D) tensor; relative to the project, or absolute
-) -> Prototypes:
-    "Read them; another kind of file raises `ValueError`"
+) -> Prototypes:  # with `mean` in double precision
+    "Read prototypes; raises `ValueError` for another kind of file"
     path = resolve(path)
+    state, meta = {}, {}
     if path.suffix == '.safetensors':
         state, meta = load_weights(path)
     else:
-        mean, meta = load_torch_file(path), {}
-        state = (
-            dict(mean=mean, count=mean.any(1).long())
-            if torch.is_tensor(mean) and mean.ndim == 2
-            else {}
-        )
+        mean = load_torch_file(path)
+        if torch.is_tensor(mean) and mean.ndim == 2:
+            state = dict(mean=mean, count=mean.any(1).long())
     if state.keys() != {'mean', 'count'}:
         raise ValueError(
             f"{path}: no prototypes in it; write them with `save_prototypes(path, find_prototypes(net, …))`"
         )
     protos = Prototypes(*state['mean'].shape, network=meta.get('network', ''))
-    protos.mean, protos.count = state['mean'].double(), state['count']
+    protos.mean = state['mean'].double()
+    protos.count = state['count']
     return protos
 
 # %% ../../nbs/methods/02_prototypes.ipynb #e14c0ec1
 def distances(
     f: Tensor,  # (B,D,h,w)
     mean: Tensor,  # (C,D)
-    size: tuple,  # (H,W) where they are wanted; `f` is resized to it, in effect
+    size: tuple,  # (H,W) of the result, as if `f` were resized to it
 ) -> Tensor:  # (B,C,H,W) float32
     "Euclidean distance of each cell to each prototype"
     with torch.autocast(f.device.type, enabled=False):
@@ -158,34 +152,37 @@ def distances(
 
 # %% ../../nbs/methods/02_prototypes.ipynb #ab957349
 def prototype_weights(
-    f: Tensor,
-    mean,
-    size: tuple,  # (B,D,h,w), (C,D), (H,W) of the image
-    stride=None,  # of the grid on which distances are taken; None = the embedding's own, but 8 if that is coarser
+    f: Tensor,  # (B,D,h,w) embedding
+    mean: Tensor,  # (C,D)
+    size: tuple,  # (H,W) of the image
+    stride=None,  # of the grid on which distances are computed; None = the embedding's own, but 8 if that is coarser
     parity=False,  # full size, and a zero vector is a prototype like others
 ) -> Tensor:  # (B,C,H,W), sums to 1 over the classes
-    "How near each class is (DDB's ω)"
-    grid = tuple(
-        max(own, -(-n // 8)) if stride is None else -(-n // stride)
-        for own, n in zip(f.shape[2:], size)
-    )
+    "Softmax over classes of the negative distance to the prototypes (DDB's ω)"
+    if stride is None:
+        grid = tuple(max(cells, -(-side // 8)) for cells, side in zip(f.shape[2:], size))
+    else:
+        grid = tuple(-(-side // stride) for side in size)
     d = distances(f, mean, size if parity else grid)
     if not parity:
-        d = d.masked_fill(~mean.to(d.device).any(1)[:, None, None], torch.inf)
+        absent = ~mean.to(d.device).any(1)
+        d = d.masked_fill(absent[:, None, None], torch.inf)
     return resize_map((-d).softmax(1).float(), size)
 
 
 def weighted_probs(
-    out: SegOutput,
-    mean,
-    size: tuple,  # a teacher's answer; (C,D) or None = without; (H,W) of the image
-    stride=None,
+    out: SegOutput,  # of a teacher: logits (B,C,h,w), fused (B,D,h,w)
+    mean: Tensor | None,  # (C,D); None = no weights
+    size: tuple,  # (H,W) of the image
+    stride=None,  # see `prototype_weights`
     parity=False,  # see `prototype_weights`
     T=1.0,  # temperature of the probabilities
 ) -> Tensor:  # (B,C,H,W), sums to less than 1
-    "Probabilities times trust"
-    p = (resize_map(out.logits.float(), size) / T).softmax(1)
-    return p if mean is None else p * prototype_weights(out.fused, mean, size, stride, parity)
+    "Probabilities times prototype weights"
+    prob = (resize_map(out.logits.float(), size) / T).softmax(1)
+    if mean is None:
+        return prob
+    return prob * prototype_weights(out.fused, mean, size, stride, parity)
 
 # %% ../../nbs/methods/02_prototypes.ipynb #9d561543
 class Ensemble(nn.Module):
@@ -195,30 +192,27 @@ class Ensemble(nn.Module):
         self,
         teachers,  # networks, img -> `SegOutput`; they are copied
         means=None,  # (C,D) for each, or None = a plain average
-        stride=None,
+        stride=None,  # see `prototype_weights`
         parity=False,  # see `prototype_weights`
     ):
         super().__init__()
-        self.frozen = [
-            deepcopy(t).eval().requires_grad_(False) for t in teachers
-        ]  # in a list: not a submodule, not in checkpoints
-        self.stride, self.parity = stride, parity
-        for i in range(len(self.frozen)):
-            self.register_buffer(f'mean{i}', means and means[i].float(), persistent=False)
-        everything = {
-            f'{i}.{k}': v
-            for i, t in enumerate(self.frozen)
-            for k, v in (
-                t.state_dict() | ({} if means is None else {'mean': self.means[i]})
-            ).items()
-        }
-        self.register_buffer(
-            'sign',
-            torch.tensor(list(bytes.fromhex(weights_hash(everything, 16))), dtype=torch.uint8),
-        )
+        # in a list: not a submodule, not in checkpoints
+        self.frozen = [deepcopy(t).eval().requires_grad_(False) for t in teachers]
+        self.stride = stride
+        self.parity = parity
+        tensors = {}
+        for i, teacher in enumerate(self.frozen):
+            mean = None if means is None else means[i].float()
+            self.register_buffer(f'mean{i}', mean, persistent=False)
+            tensors |= {f'{i}.{k}': v for k, v in teacher.state_dict().items()}
+            if mean is not None:
+                tensors[f'{i}.mean'] = mean
+        digest = bytes.fromhex(weights_hash(tensors, 16))
+        self.register_buffer('sign', torch.tensor(list(digest), dtype=torch.uint8))
 
     @property
-    def means(self):
+    def means(self) -> list:  # (C,D) or None, one for each teacher
+        "Prototypes of the teachers"
         return [getattr(self, f'mean{i}') for i in range(len(self.frozen))]
 
     def _apply(self, fn):
@@ -226,15 +220,28 @@ class Ensemble(nn.Module):
             t._apply(fn)
         return super()._apply(fn)
 
-    @torch.no_grad()
-    def each(self, img):
-        return [
-            weighted_probs(t(img), m, img.shape[-2:], self.stride, self.parity)
-            for t, m in zip(self.frozen, self.means)
-        ]
+# %% ../../nbs/methods/02_prototypes.ipynb #100c367f
+@patch
+@torch.no_grad()
+def each(
+    self: Ensemble,
+    img: Tensor,  # (B,3,H,W) float, ImageNet-normalised
+) -> list:  # of (B,C,H,W)
+    "Weighted probabilities of each teacher"
+    size = img.shape[-2:]
+    return [
+        weighted_probs(t(img), m, size, self.stride, self.parity)
+        for t, m in zip(self.frozen, self.means)
+    ]
 
-    def forward(self, img) -> Tensor:
-        return sum(self.each(img)) / len(self.frozen)  # g (B,C,H,W)
+
+@patch
+def forward(
+    self: Ensemble,
+    img: Tensor,  # (B,3,H,W) float, ImageNet-normalised
+) -> Tensor:  # (B,C,H,W)
+    "The mean of the teachers' weighted probabilities"
+    return sum(self.each(img)) / len(self.frozen)
 
 # %% ../../nbs/methods/02_prototypes.ipynb #6bc67eea
 @patch
@@ -243,7 +250,8 @@ def _load_from_state_dict(self: Ensemble, state, prefix, *args):
     was = state.get(f'{prefix}sign')
     if was is not None and not was.to(self.sign.device).equal(self.sign):
         raise ValueError(
-            'the checkpoint was trained with other teachers or prototypes than these; bring their files back, or choose another `out`'
+            'the checkpoint was trained with other teachers or prototypes than these; '
+            'bring their files back, or choose another `out`'
         )
     nn.Module._load_from_state_dict(self, state, prefix, *args)
 

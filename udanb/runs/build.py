@@ -29,8 +29,9 @@ from ..models.segmentor import create_segmentor, param_groups
 from .datasets import datasets_of, eval_image_size, open_datasets
 from .recipe import Recipe, recipe_dict, upgrade_recipe_dict
 from ..training.callbacks import SnapshotCallback
+from ..training.method import Method
 from ..training.schedules import cosine_cycles, poly_warmup
-from ..training.trainer import Method, Trainer
+from ..training.trainer import Trainer
 
 # %% ../../nbs/runs/03_build.ipynb #c1f6c37c
 def _use_cached(recipe, dataset):

@@ -13,65 +13,63 @@ from ..checkpoints.weights import save_weights
 from .schedules import cycle_ends
 
 # %% ../../nbs/training/04_callbacks.ipynb #b53b6a97
-def read_log(path, it) -> list:  # rows up to step `it`
-    "Rows of a JSON-lines log; a half-written last line is dropped"
+def read_log(
+    path,  # of log.jsonl; it may be missing
+    it: int,  # last step to keep
+) -> list:  # dicts, one per step
+    "Rows of the log up to step `it`"
+    path = Path(path)
     rows = []
-    for l in Path(path).read_text().splitlines() if Path(path).exists() else ():
+    for line in path.read_text().splitlines() if path.exists() else ():
         try:
-            rows.append(json.loads(l))
+            rows.append(json.loads(line))
         except json.JSONDecodeError:
             break
-    return [r for r in rows if r['it'] <= it]
+    return [row for row in rows if row['it'] <= it]
 
 # %% ../../nbs/training/04_callbacks.ipynb #13983281
-METRIC_PREFIXES = (
-    'miou',
-    'miou13',
-    'iou',
-    'targets',
-)  # keys of a row that are no losses: miou/student, …
+METRIC_PREFIXES = ('miou', 'miou13', 'iou', 'targets')  # keys that are scores: miou/student, …
 
 
-def progress_summary(log, n=20) -> str:
-    "What the progress bar shows: total loss and q over the last steps, newest mIoU"
-    last = log[-n:]
+def _mean(rows, key):
+    values = [row[key] for row in rows if key in row]
+    return sum(values) / max(len(values), 1)
 
-    def mean(k):
-        return sum(r[k] for r in last) / len(last)
 
-    s = 'loss %.3f' % sum(
-        mean(k)
-        for k in last[-1]
-        if '/' in k
-        and k.split('/')[0] not in METRIC_PREFIXES
-        and not k.split('/')[1].startswith('bank_')
-    )
-    if 'q' in last[-1]:
-        s += f"  q {mean('q'):.2f}"
-    scored = next((r for r in reversed(log) if 'miou/student' in r), None)
-    return s + (
-        f"  mIoU {scored['miou/student']:.1f}"
-        + (f"/{scored['miou/teacher']:.1f}" if 'miou/teacher' in scored else '')
-        if scored
-        else ''
-    )
+def progress_summary(
+    log: list,  # rows, as the trainer writes them
+    n: int = 20,  # rows that are averaged
+) -> str:  # such as 'loss 2.500  q 0.50  mIoU 31.4'
+    "Mean loss and confidence weight over the last rows, and the newest mIoU of student and teacher"
+    recent = log[-n:]
+    text = f'loss {_mean(recent, "loss"):.3f}'
+    if 'q' in log[-1]:
+        text += f'  q {_mean(recent, "q"):.2f}'
+    scored = next((row for row in reversed(log) if 'miou/student' in row), None)
+    if scored is None:
+        return text
+    text += f'  mIoU {scored["miou/student"]:.1f}'
+    if 'miou/teacher' in scored:
+        text += f'/{scored["miou/teacher"]:.1f}'
+    return text
 
 # %% ../../nbs/training/04_callbacks.ipynb #c241f1fc
 class SnapshotCallback:
-    "Keeps the student at the end of each cycle; a callback `(trainer, logs)`"
+    "Saves the student at the end of each cycle; a callback `(trainer, row)`"
 
     def __init__(
         self,
-        cycles: int,  # as of `cyclic`
-        meta={},  # what else each file should say
+        cycles: int,  # as of `cosine_cycles`
+        meta={},  # further metadata of each file
     ):
-        self.cycles, self.meta = cycles, meta
+        self.cycles = cycles
+        self.meta = meta
 
-    def __call__(self, t, logs):
-        ends = cycle_ends(t.steps, self.cycles)
-        if t.it not in ends or not t.accelerator.is_main_process:
+    def __call__(self, trainer, row):
+        ends = cycle_ends(trainer.steps, self.cycles)
+        if trainer.it not in ends or not trainer.accelerator.is_main_process:
             return
-        about = dict(step=t.it, cycle=ends.index(t.it) + 1, cycles=self.cycles, recipe=t.recipe)
-        save_weights(
-            Path(t.out) / 'snapshots' / f'{t.it}.safetensors', t.student, about | self.meta
-        )
+        cycle = ends.index(trainer.it) + 1
+        about = dict(step=trainer.it, cycle=cycle, cycles=self.cycles, recipe=trainer.recipe)
+        path = Path(trainer.out) / 'snapshots' / f'{trainer.it}.safetensors'
+        save_weights(path, trainer.student, about | self.meta)

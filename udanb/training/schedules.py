@@ -25,10 +25,10 @@ def cycle_ends(
     steps: int,  # length of the run
     cycles: int,  # at least 1, at most `steps`
 ) -> list:  # steps done when each cycle ends; the last is `steps`
-    "Where cycles end; they are equally long, or differ by one step"
+    "Ends of the cycles, which differ by at most one step in length; raises `ValueError` for more cycles than steps"
     if not 1 <= cycles <= steps:
         raise ValueError(
-            f'{cycles} cycles in {steps} steps: there must be at least one, and each needs a step'
+            f'{cycles} cycles in {steps} steps: give at least one cycle, and at most one per step'
         )
     return [(i + 1) * steps // cycles for i in range(cycles)]
 
@@ -37,12 +37,15 @@ def cosine_cycles(
     it: int,  # steps already done
     steps: int,  # length of the run
     cycles: int = 12,  # of the learning rate
-    low: float = 0.01,  # where each cycle ends
+    low: float = 0.01,  # factor at the end of each cycle
 ) -> float:  # factor of the base learning rate
-    "In each cycle from 1 down to `low`, as a cosine; a schedule for `Trainer`, like `poly_warmup`"
+    "A cosine from 1 to `low` in each cycle, a schedule for `Trainer`; raises `ValueError` for a step outside the run"
     ends = [0, *cycle_ends(steps, cycles)]
-    i = ((it + 1) * cycles - 1) // steps
-    if not 0 <= i < cycles:
+    cycle = ((it + 1) * cycles - 1) // steps
+    if not 0 <= cycle < cycles:
         raise ValueError(f'step {it} is not in a run of {steps}')
-    n, t = ends[i + 1] - ends[i], it - ends[i]
-    return low + 0.5 * (1 - low) * (1 + math.cos(math.pi * t / (n - 1))) if n > 1 else low
+    length = ends[cycle + 1] - ends[cycle]
+    if length == 1:
+        return low
+    t = it - ends[cycle]
+    return low + 0.5 * (1 - low) * (1 + math.cos(math.pi * t / (length - 1)))
