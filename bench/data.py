@@ -4,8 +4,9 @@
     python bench/data.py            # about two minutes; prints the table and stores it as bench/data.md
     python bench/data.py --quick    # seconds, small files; checks that both ways give the same, stores nothing
 
-The files are drawn by `udanb.demo.render.render_scene` in the true sizes of GTA and Cityscapes, with noise that makes their PNGs as large as real ones. Everything
-runs in one process on one thread; times are CPU time, so they are times per core. The two ways take turns on the same work.
+The files are drawn by `udanb.demo.render.render_scene` in the true sizes of GTA and Cityscapes, with noise
+that makes their PNGs as large as real ones. Everything runs in one process on one thread; times are CPU time,
+so they are times per core. The two ways take turns on the same work.
 """
 
 import argparse
@@ -460,12 +461,12 @@ def cpu():
 
 NOTE = """# Data: udanb against the published way, per core
 
-`python bench/data.py`: one process, one thread, CPU time; the two ways take turns {n} times on the same work. ms and ratio are medians
-over the turns, range is that of the ratio. Checked in the run: both ways give the same labels, statistics and areas; native and resized
-copies (of `prepare_data`) give the same batches.
+`python bench/data.py`: one process, one thread, CPU time; the two ways take turns {n} times on the same work.
+ms and ratio are medians over the turns, range is that of the ratio. Checked in the run: both ways give the
+same labels, statistics and areas; native and resized copies (of `prepare_data`) give the same batches.
 Files: {files}, drawn by `udanb.demo.render.render_scene`.
-`published way`: re-created from the description of DAFormer's code (mmsegmentation 0.16); target labels, which it loads and never uses,
-are left out on both sides.
+`published way`: re-created from the description of DAFormer's code (mmsegmentation 0.16); target labels,
+which it loads and never uses, are left out on both sides.
 Measured on {host}; whole run {s:.0f} s.
 
 {table}

@@ -93,7 +93,7 @@ def size_of(v, module):
 
 
 def gradients(t, step):
-    "For each loss of each pass: its value, and the size of its gradient in the student and in the loss's own parameters"
+    "For each loss of each pass: its value, and its gradient norms in the student and in its own parameters"
     found = {}
     for p in t.method.passes:
         step.pass_name = p.name

@@ -89,9 +89,7 @@ def margin_mask(
     hw: tuple,  # (H,W) px of the native image
     margins: tuple,  # (top,bottom,left,right) native px; None = no margins
     size=None,  # (H,W) px of the box to resize it into; None = native size
-) -> (
-    np.ndarray
-):  # uint8, read-only: `IGNORE` in the margins, else 0, so that it is padded like a label
+) -> np.ndarray:  # uint8, read-only: `IGNORE` in the margins, 0 elsewhere, padded like a label
     "Mask of the margins of an image; margins that leave nothing raise `ValueError`"
     h, w = hw
     top, bottom, left, right = margins or (0, 0, 0, 0)
@@ -244,9 +242,7 @@ def __call__(
     rng: np.random.Generator,  # source of randomness
     want=None,  # prefer a crop with more than `min_px` pixels of this class
     min_px=0,  # px, see `want`
-) -> (
-    tuple
-):  # (h,w,3) uint8, (h,w) uint8 or None, (h,w) uint8: 1 in valid pixels, 0 in margins and padding
+) -> tuple:  # image (h,w,3), label (h,w) or None, valid mask (h,w): uint8; 0 is margin or padding
     "One random view; a label of another size than its image raises `ValueError`"
     if lbl is not None and lbl.shape != img.shape[:2]:
         raise ValueError(

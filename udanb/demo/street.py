@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from fastcore.basics import patch
 
+from . import objects  # noqa: F401  adds its methods to `Street`
 from udanb.demo.geometry import (
     BUILDING,
     FENCE,

@@ -141,9 +141,7 @@ def rank_correlation(
     scores: dict,  # run -> {score: value}, see `label_free`; at least 3 runs
     mious: dict,  # run -> mIoU in %
     better=SCORE_DIRECTION,  # score -> 1 if higher is better, -1 if lower is
-) -> (
-    pd.DataFrame
-):  # a row per score: rho in [-1,1] or NaN, chosen run, its mIoU, mIoU lost, number of runs
+) -> pd.DataFrame:  # a row per score: rho in [-1,1], chosen run, its mIoU, mIoU lost, runs
     "Spearman's correlation of each score with mIoU; fewer than 3 runs and missing values raise `ValueError`"
     tab = selection_table(scores, mious).loc[list(scores)]
     if len(tab) < 3:

@@ -202,9 +202,7 @@ def iou_dict(
 
 def comparison_table(
     runs: dict,  # name -> {class: IoU in %, or None}; the first is the reference
-) -> (
-    pd.DataFrame
-):  # a row per class, mIoU last; a column per run, then the differences to the first
+) -> pd.DataFrame:  # rows: classes, then mIoU; columns: runs, then differences to the first
     "Scores of several runs and their differences"
     tab = pd.DataFrame(runs, dtype=float)
     tab.loc['mIoU'] = tab.mean()

@@ -81,8 +81,12 @@ def sliding_logits(
     return (total / count)[..., :h, :w]
 
 # %% ../../nbs/inference/00_predict.ipynb #a963abbb
-def make_forward(mode, crop, stride):
-    "The function (network, images) -> scores at input size that `mode` stands for"
+def make_forward(
+    mode,  # 'whole', 'slide' or a function (network, images) -> scores at input size
+    crop,  # side of the windows in pixels, for 'slide'
+    stride,  # from window to window in pixels; None = half a window
+):
+    "Returns a function (network, images) -> scores at input size; unfit arguments raise `ValueError`"
     if callable(mode):
         if (crop, stride) != (None, None):
             raise ValueError(

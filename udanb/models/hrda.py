@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..core.boxes import crop_boxes, scatter_crops
 from ..core.types import SegOutput
-from ..core.utils import resize_map
+from ..core.utils import resize_map, sliding_windows
 from .heads import DAFormerHead
 
 # %% ../../nbs/models/07_hrda.ipynb #10753810
@@ -36,19 +36,9 @@ def detail_windows(
     crop: tuple,  # (h,w), multiples of `step`
     step: int = 8,
 ) -> Tensor:  # (n,4): top, bottom, left, right
-    "Boxes of windows that cover an image, half a window apart, row by row"
-    boxes = []
-    for top in _window_starts(size[0], crop[0], step):
-        for left in _window_starts(size[1], crop[1], step):
-            boxes.append([top, top + crop[0], left, left + crop[1]])
-    return torch.tensor(boxes)
-
-
-def _window_starts(side, window, step):
-    "Starts along one side; the last window ends at the border"
-    stride = max(window // 2 // step, 1) * step
-    count = -(-(side - window) // stride) + 1
-    return [min(i * stride, side - window) for i in range(count)]
+    "Boxes of windows that are half a window apart, row by row; see `sliding_windows`"
+    corners = sliding_windows(size, crop, multiple_of=step)
+    return torch.tensor([[y, y + crop[0], x, x + crop[1]] for y, x in corners])
 
 # %% ../../nbs/models/07_hrda.ipynb #27725664
 class HRDA(nn.Module):
@@ -122,9 +112,7 @@ def forward(
     self: HRDA,
     img: Tensor,  # (B,3,H,W) float, ImageNet-normalised
     select_boxes=None,  # (context logits, (H,W), random boxes) -> (B,4) boxes, used in training; None = random
-) -> (
-    SegOutput
-):  # logits (B,C,⌈H/cell⌉,⌈W/cell⌉); feats, fused of the context; aux: att, box, detail
+) -> SegOutput:  # logits (B,C,⌈H/cell⌉,⌈W/cell⌉); context feats, fused; aux: att, box, detail
     "A detail crop in training with gradients, windows otherwise"
     if self.training and torch.is_grad_enabled():
         return self.forward_train(img, select_boxes)

@@ -55,7 +55,7 @@ def _target_batches(r, root, n):
             last = i + size + 1 >= len(idx)  # the last batch has one more, never a single image
             yield read_samples(dataset, idx[i:] if last else idx[i : i + size], r)
 
-
+# %% ../../nbs/runs/13_soup.ipynb #7e9722ee
 class WeightsScorer:
     "Scores the weights of one architecture on the val split of a recipe's targets"
 

@@ -66,15 +66,17 @@ class Trainer:
         self.method = method.to(self.accelerator.device).train()
         self.model, self.opt = self.accelerator.prepare(model.train(), torch.optim.AdamW(groups))
 
-    @property
-    def student(self) -> nn.Module:
-        "The network that is trained"
-        return self.accelerator.unwrap_model(self.model)
+# %% ../../nbs/training/06_trainer.ipynb #204036a1
+@patch(as_prop=True)
+def student(self: Trainer) -> nn.Module:
+    "The network that is trained"
+    return self.accelerator.unwrap_model(self.model)
 
-    @property
-    def teacher(self):
-        "The method's `EMATeacher`, or None"
-        return self.method.teacher
+
+@patch(as_prop=True)
+def teacher(self: Trainer):
+    "The method's `EMATeacher`, or None"
+    return self.method.teacher
 
 # %% ../../nbs/training/06_trainer.ipynb #1da517b3
 @patch
@@ -82,9 +84,7 @@ def step(
     self: Trainer,
     src: Sample,  # source batch, on any device
     tgt: Sample | None,  # target batch, on any device
-) -> (
-    dict
-):  # losses and notes by 'pass/name', `q` = largest weight of the pseudo-labels, `loss`, `lr`
+) -> dict:  # losses and notes by 'pass/name', `q` = largest pseudo-label weight, `loss`, `lr`
     "One optimiser step; raises `FloatingPointError` if a loss is not finite"
     seed_all(self.seed, self.it)
     for group, lr in zip(self.opt.param_groups, self.base):
