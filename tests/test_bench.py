@@ -78,7 +78,7 @@ def test_every_recipe_is_in_the_middle_of_its_run(bench):
     assert {k for k, r in bench.RUNS.items() if r.model.hrda} == {'hrda', 'cluda_hrda'}
     t = bench.trainer('cluda', 'tf_efficientnet_lite0', 64)
     logs = t.step(*bench.pair('cluda', 64))
-    assert t.it == bench.RUNS['cluda'].steps // 2 + 1 and {
+    assert t.it == bench.RUNS['cluda'].optim.steps // 2 + 1 and {
         'source/ce',
         'source/fd',
         'source/contrast',

@@ -131,7 +131,7 @@ def hook(note, set=setattr):
 
     wrap(Trainer, 'step', lambda t, *_: note(f"{t.out.name.rsplit('-', 1)[0]} {t.it}"))
     for owner, name, what in (
-        (pseudo, '_write', 'label'),
+        (pseudo, '_write_label', 'label'),
         (chains, 'soup', 'soup'),
         (chains, 'score_network', 'score'),
         (folder, 'colorize', 'predict'),
@@ -932,7 +932,7 @@ def test_several_targets(data, tmp_path):
     ) == {'demo_target', 'camvid'}
     again = recipe_of(got['members']['grid'])
     assert (
-        again.method_args['selftrain']['pseudo_labels'] == where
+        again.method_args['selftrain']['pseudo_labels'] == list(where)
         and list(got['tables']) == ['demo_target', 'camvid']
         and got['summary'].notna().all(None)
     )
@@ -1000,7 +1000,8 @@ def test_other_labels_under_the_same_name(visda, data, tmp_path):
     when = (tmp_path / 'r' / 'model.safetensors').stat().st_mtime_ns
     label(0.3)
     with pytest.raises(
-        ValueError, match=r'inputs.json belongs to another recipe \(pseudo: .* there, .* here\)'
+        ValueError,
+        match=r'inputs.json belongs to another recipe \(method_args.selftrain.pseudo_labels: .* there, .* here\)',
     ):
         train_run(r, data, tmp_path / 'r', True)
     label(0.05)  # the same labels, written anew

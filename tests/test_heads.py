@@ -14,7 +14,7 @@ import contract as c
 
 from udanb.core.types import Sample, SegOutput
 from udanb.core.utils import seed_all
-from udanb.models import heads
+from udanb.models import cpu_kernels, heads
 from udanb.models.cpu_kernels import dilated_depthwise_conv
 from udanb.models.heads import (
     HEADS,
@@ -160,7 +160,9 @@ def test_float32_gradients_with_a_smooth_activation(monkeypatch):
 def test_the_quick_way_is_taken_on_a_cpu_in_float32_only(monkeypatch):
     calls = []
     monkeypatch.setattr(
-        heads, 'dilated_depthwise_conv', lambda *a: calls.append(a) or dilated_depthwise_conv(*a)
+        cpu_kernels,
+        'dilated_depthwise_conv',
+        lambda *a: calls.append(a) or dilated_depthwise_conv(*a),
     )
     head, fs = c.made(HEADS['daformer'], (4, 6, 10, 16)), c.maps((4, 6, 10, 16), c.GRIDS[0])
     head(fs)

@@ -525,7 +525,7 @@ def test_an_unfinished_export_is_not_learned(tmp_path):
     write_json(
         out / 'pseudo.json', {k: v for k, v in read_export_record(out).items() if k != 'images'}
     )  # as an earlier version wrote it
-    with pytest.raises(ValueError, match='of an unknown number of labels'):
+    with pytest.raises(ValueError, match='of an unknown number of pseudo-labels'):
         take(out)
     go(Net(11), f, out, CAMVID11)
     assert len(take(out)) == n

@@ -293,7 +293,7 @@ def test_evaluate_and_folders_take_it(net, tmp_path):
     assert (
         np.asarray(Image.open(out / 'label' / 'a.png')) == look(net, x).argmax(1)[0].numpy()
     ).all()
-    with pytest.raises(ValueError, match='mode .*then'):
+    with pytest.raises(ValueError, match='mode: .* there, .* here'):
         predict_folder(
             net, tmp_path / 'in', out, SPACE, mode=partial(tta, ratios=(1.0,)), quiet=True
         )

@@ -20,7 +20,7 @@ from ..core.storage import atomic_write, read_json, write_json
 from ..core.utils import resolve
 from .locks import folder_lock
 from .provenance import input_hashes
-from .recipe import Recipe, recipe_dict, upgrade_recipe_dict
+from .recipe import Recipe, recipe_dict
 from .results import legacy_recipe_dict
 from .run import train_run
 from udanb.runs.stamps import (

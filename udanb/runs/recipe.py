@@ -18,6 +18,7 @@ import pandas as pd
 from fastcore.docments import docments
 
 from ..core.utils import lookup
+from ..data.custom import respell_keys
 from ..data.pairs import Pair, get_pair
 from ..methods.registry import unused_fields
 
@@ -177,6 +178,7 @@ def recipe_dict(
     "The fields that two recipes of the same run share"
     left_out = {*EXECUTION_FIELDS, *unused_fields(recipe.method, recipe.extensions)}
     kept = {name: v for name, v in flat_fields(recipe).items() if name not in left_out}
+    kept['datasets'] = {name: respell_keys(d) for name, d in kept['datasets'].items()}
     return json.loads(json.dumps(kept))
 
 # %% ../../nbs/runs/00_recipe.ipynb #a8b88c54
@@ -232,6 +234,8 @@ def upgrade_recipe_dict(
             new['method_args'] = args | {owner: args.get(owner, {}) | {setting: value}}
     for name in unused_fields(method, new.get('extensions', ())):
         new.pop(name, None)
+    if 'datasets' in new:
+        new['datasets'] = {name: respell_keys(d) for name, d in new['datasets'].items()}
     return new
 
 

@@ -18,6 +18,7 @@ from ..checkpoints.weights import NETWORK_FILES, load_weights, load_weights_into
 from ..core.storage import read_json
 from ..core.types import Sample, collate
 from ..core.utils import lookup, resolve
+from ..data.custom import respell_keys
 from ..data.pairs import as_tuple
 from ..data.transforms import resize_keep_ratio, to_sample
 from ..methods.registry import feature_distance_weight, unused_fields
@@ -85,6 +86,7 @@ def legacy_recipe_dict(
     old = {_OLD_NAMES.get(k, k): v for k, v in flat.items() if k not in EXECUTION_FIELDS}
     old['fd'] = distance or _OLD_DISTANCE.get(recipe.method, 0.0)
     old['pseudo'] = pseudo_labels
+    old['datasets'] = {name: respell_keys(d, old=True) for name, d in old['datasets'].items()}
     return json.loads(json.dumps(old))
 
 
@@ -148,8 +150,8 @@ def _only_weights_file(folder):
     files = sorted(folder.glob('*.safetensors'))
     if len(files) != 1:
         raise FileNotFoundError(
-            f'{folder} has no recipe.json, so it is not the folder of a run, and {len(files)} .safetensors files; '
-            'give the path of one of them'
+            f'{folder} is not the folder of a run: it has no recipe.json and {len(files)} .safetensors files. '
+            'Give the folder of a run, or the path of one file'
         )
     return files[0]
 

@@ -121,7 +121,7 @@ def member_table(
     members: Members,
 ) -> pd.DataFrame:  # a row per member that has a recipe
     "The recipes of the members"
-    fields = ('source', 'target', 'seed', 'steps', 'augment')
+    fields = ('source', 'target', 'seed', 'steps', 'augmentations')
     rows = {
         m: dict(recipe=recipe_name(r)) | {k: flat_fields(r)[k] for k in fields}
         for m, r in members.recipes.items()
