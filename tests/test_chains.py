@@ -976,7 +976,7 @@ def test_several_targets(data, tmp_path):
             open_datasets(
                 replace_flat(again, method_args=dict(selftrain=dict(pseudo_labels=wrong))), data
             )
-    with pytest.raises(ValueError, match='have the dataset camvid, asked for is demo_target'):
+    with pytest.raises(ValueError, match='have the dataset camvid, not demo_target'):
         open_datasets(
             replace_flat(again, method_args=dict(selftrain=dict(pseudo_labels=where[::-1]))), data
         )

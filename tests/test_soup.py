@@ -328,7 +328,7 @@ def test_bad_input_is_named(world, tmp_path):
     )  # says nothing: its tensors tell
     fails(
         ValueError,
-        'eleven.pth does not fit the network. 2 mismatching: head.*11x16',
+        r'eleven.pth does not fit the network; nothing was loaded\.\n  2 mismatching: head.*11x16',
         members=[a, str(tmp_path / 'eleven.pth')],
     )
     (tmp_path / 'more.pth').write_bytes((tmp_path / 'eleven.pth').read_bytes())

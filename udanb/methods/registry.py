@@ -181,8 +181,6 @@ def unused_fields(
     reasons = {}
     if method in (*SUPERVISED_METHODS, 'distill'):
         reasons |= dict.fromkeys(TEACHER_FIELDS, 'it has no EMA teacher')
-    if method in SUPERVISED_METHODS:
-        reasons['target_margins'] = 'it opens no unlabelled image'
     if method in SUPERVISED_METHODS and 'mic' not in extensions:
         reasons |= dict.fromkeys(STRONG_FIELDS, 'it has no strongly augmented images')
     return reasons

@@ -16,7 +16,13 @@ import pandas as pd
 from ..core.utils import lookup
 from ..data.pairs import as_tuple, get_pair
 from ..data.transforms import AUGMENTATIONS
-from ..methods.registry import EXTENSIONS, METHODS, method_arguments, unused_fields
+from udanb.methods.registry import (
+    EXTENSIONS,
+    METHODS,
+    SUPERVISED_METHODS,
+    method_arguments,
+    unused_fields,
+)
 from ..models.backbones import BACKBONES
 from ..models.heads import HEADS
 from udanb.runs.recipe import (
@@ -224,7 +230,13 @@ def _check_unused(recipe):
                 f'{name}={flat[name]!r} has no effect on the method {recipe.method}: {reason}. '
                 'Remove this setting'
             )
-    if recipe.method == 'distill' and recipe.data.target_margins == 'rows':
+    margins = recipe.data.target_margins
+    if recipe.method in SUPERVISED_METHODS and margins != defaults['target_margins']:
+        raise ValueError(
+            f'target_margins={margins!r} has no effect on the method {recipe.method}: '
+            'it opens no unlabelled image. Remove this setting'
+        )
+    if recipe.method == 'distill' and margins == 'rows':
         raise ValueError(
             "target_margins='rows' has no effect on the method distill: it has no EMA teacher. "
             "Use 'mask' or 'none'"

@@ -178,8 +178,8 @@ def recipe_dict(
     "The fields that two recipes of the same run share"
     left_out = {*EXECUTION_FIELDS, *unused_fields(recipe.method, recipe.extensions)}
     kept = {name: v for name, v in flat_fields(recipe).items() if name not in left_out}
-    kept['datasets'] = {name: respell_keys(d) for name, d in kept['datasets'].items()}
-    return json.loads(json.dumps(kept))
+    datasets = {name: respell_keys(d) for name, d in recipe.data.datasets.items()}
+    return json.loads(json.dumps(kept | dict(datasets=datasets)))
 
 # %% ../../nbs/runs/00_recipe.ipynb #a8b88c54
 RENAMED_FIELDS = dict(  # name in earlier files -> name
@@ -234,8 +234,7 @@ def upgrade_recipe_dict(
             new['method_args'] = args | {owner: args.get(owner, {}) | {setting: value}}
     for name in unused_fields(method, new.get('extensions', ())):
         new.pop(name, None)
-    if 'datasets' in new:
-        new['datasets'] = {name: respell_keys(d) for name, d in new['datasets'].items()}
+    new['datasets'] = {name: respell_keys(d) for name, d in new.get('datasets', {}).items()}
     return new
 
 

@@ -65,7 +65,6 @@ def _old_unused(recipe):
     "Values that earlier recipes had in fields that their method does not read"
     unused = unused_fields(recipe.method, recipe.extensions)
     values = {name: flat_fields(Recipe())[name] for name in unused}
-    values.pop('target_margins', None)
     if 'ema_decay' in unused:
         usual = 0.99 if recipe.method == 'distill' else values['ema_decay']
         values['ema_decay'] = pair_fields(recipe.data.source).get('ema_decay', usual)
