@@ -32,9 +32,9 @@ from udanb.data.concat import ConcatSegDataset
 from udanb.data.dummy import write_dummy_dataset
 from udanb.data.pseudo_labels import read_export_journal
 from udanb.demo.render import write_demo
-from udanb.inference import export_labels as pseudo
+from udanb.inference import export_pseudo_labels as pseudo
 from udanb.inference import folder
-from udanb.inference.export_labels import export_pseudo
+from udanb.inference.export_pseudo_labels import export_pseudo
 from udanb.methods.prototypes import Prototypes
 from udanb.models.backbones import create_backbone
 from udanb.runs import distillation

@@ -16,9 +16,9 @@ import rules
 from udanb.core.types import IGNORE, Sample, SegOutput
 from udanb.core.utils import seed_all
 from udanb.training.losses import FeatureDistance, WeightedCrossEntropy, downscale_labels
+from udanb.training.mixing import class_mask
 from udanb.training.schedules import poly_warmup
 from udanb.training.teacher import EMATeacher, ema_decay, hard_pseudo_labels, zero_margins
-from udanb.training.views import class_mask
 
 units = json.loads((GOLDEN / 'units.json').read_text())
 

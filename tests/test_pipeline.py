@@ -23,7 +23,7 @@ from udanb.data.class_stats import class_stats
 from udanb.data.datasets import SegDataset
 from udanb.data.pseudo_labels import pseudo_spec
 from udanb.demo.render import write_demo
-from udanb.inference.export_labels import export_pseudo
+from udanb.inference.export_pseudo_labels import export_pseudo
 from udanb.inference.folder import predict_folder
 from udanb.models.backbones import create_backbone
 from udanb.runs.pipeline import Pipeline

@@ -46,7 +46,7 @@ from udanb.data.pseudo_labels import (
 )
 from udanb.data.transforms import TrainTransform, resize_keep_ratio
 from udanb.demo.render import write_demo
-from udanb.inference.export_labels import class_thresholds, export_pseudo, threshold_labels
+from udanb.inference.export_pseudo_labels import class_thresholds, export_pseudo, threshold_labels
 from udanb.inference.predict import predict
 from udanb.inference.tta import tta
 from udanb.models.segmentor import create_segmentor
@@ -641,7 +641,7 @@ from udanb.core.types import SegOutput
 from udanb.core.utils import seed_all
 from udanb.data.datasets import SegDataset
 from udanb.core.labels import CAMVID11
-from udanb.inference.export_labels import export_pseudo
+from udanb.inference.export_pseudo_labels import export_pseudo
 class Slow(nn.Module):
     def __init__(self):
         super().__init__()

@@ -16,8 +16,9 @@ from udanb.training.losses import (
     wrap_logit_loss,
 )
 from ..training.method import Method, Pass
+from ..training.mixing import MixedView, class_mask
 from ..training.teacher import EMATeacher
-from ..training.views import MixedView, class_mask, source_view
+from ..training.views import source_view
 
 # %% ../../nbs/methods/00_daformer.ipynb #a03c0863
 def source_only(

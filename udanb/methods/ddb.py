@@ -28,8 +28,9 @@ from udanb.methods.prototypes import (
 )
 from ..training.losses import WeightedCrossEntropy, wrap_logit_loss
 from ..training.method import Method, Pass
+from ..training.mixing import MixedView, class_mask
 from ..training.teacher import EMATeacher
-from ..training.views import MixedView, class_mask, source_view
+from ..training.views import source_view
 
 # %% ../../nbs/methods/03_ddb.ipynb #fc74816b
 def cutmix_mask(

@@ -220,7 +220,7 @@ def _check_method_args(recipe):
         for setting in settings:
             lookup(setting, known, f'setting of {name}')
 
-
+# %% ../../nbs/runs/01_presets.ipynb #ce750100
 def _check_unused(recipe):
     "Refuse changed fields that the method does not read"
     flat, defaults = flat_fields(recipe), flat_fields(Recipe())

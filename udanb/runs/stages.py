@@ -19,7 +19,7 @@ from ..core.image_io import READ_ERRORS
 from ..core.storage import read_json, write_json
 from ..data.pseudo_labels import pseudo_stats
 from ..data.transforms import EvalTransform
-from ..inference.export_labels import export_pseudo
+from ..inference.export_pseudo_labels import export_pseudo
 from ..inference.folder import predict_folder
 from .build import make_evaluator
 from .datasets import eval_image_size, open_datasets, open_targets
