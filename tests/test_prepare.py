@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -25,6 +26,7 @@ from udanb.data.cache import cache_dir, pending_indices, shrink_to_fit, use_cach
 from udanb.data.catalog import (
     CAMVID,
     CITYSCAPES,
+    DATASETS,
     GTA,
     MAPILLARY,
     SYNSCAPES,
@@ -36,7 +38,12 @@ from udanb.data.class_stats import class_stats, stats_paths
 from udanb.data.custom import parse_dataset_spec
 from udanb.data.datasets import SegDataset
 from udanb.data.dummy import write_dummy_dataset
-from udanb.data.inspection import journal_paths, read_survey_journal, train_id_path
+from udanb.data.inspection import (
+    journal_paths,
+    label_settings_hash,
+    read_survey_journal,
+    train_id_path,
+)
 from udanb.data.report import (
     class_summary,
     format_verdict,
@@ -876,3 +883,26 @@ def test_copies_of_another_class_list_are_not_taken(tmp_path):
             use_cache(f, (24, 48)).label(1), resize_keep_ratio(f.label(1), (24, 48), nearest=True)
         )
     assert not np.array_equal(*(SegDataset(s, tmp_path).label(1) for s in specs))
+
+
+@pytest.mark.parametrize(
+    'name,hashes',
+    [
+        ('gta', ['91f31f6d', '01dc23f9']),
+        ('synthia', ['8dc552d1', '01dc23f9']),
+        ('cityscapes', ['91f31f6d', '01dc23f9', '8ca0d8d4']),
+        ('mapillary', ['acbbb58f', 'aa8274cc', 'acbbb58f']),
+    ],
+)
+def test_earlier_journals_and_copies_stay_current(name, hashes):
+    "The hash of a dataset's label settings is what the first version stored (values from commit 1b0aad7)"
+    spec = DATASETS[name]
+    opened = SimpleNamespace(spec=spec, labels=[(None, k) for k in range(len(spec.labels))])
+    assert [label_settings_hash(opened, i) for i in range(len(hashes))] == hashes
+
+
+def test_earlier_hash_of_own_colours():
+    d = dict(images='i/*.png', labels='l/*.png', label_format='colors')
+    spec = parse_dataset_spec('x', d | dict(classes=[dict(name='road', color=[1, 2, 3])]))
+    opened = SimpleNamespace(spec=spec, labels=[(None, 0)])
+    assert label_settings_hash(opened, 0) == 'f023db17'

@@ -81,6 +81,16 @@ def relative_path(
     return path.relative_to(folder.root).as_posix()
 
 
+_STORED_READERS = (
+    dict(  # reader -> its first name, which journals and resized copies were hashed with
+        read_label='read_ids',
+        read_last_channel='read_last',
+        read_color_label='read_colors',
+        read_polygon_label='read_polygons',
+    )
+)
+
+
 def label_kind(
     folder,  # `SegDataset` with labels
     i: int,  # index of the image
@@ -98,8 +108,9 @@ def label_settings_hash(
         return ''
     kind = label_kind(folder, i)
     read = kind.read
+    name = getattr(read, 'func', read).__qualname__  # a `partial` or a function
     reader = (
-        getattr(read, 'func', read).__qualname__,  # a `partial` or a function
+        _STORED_READERS.get(name, name),
         getattr(read, 'args', ()),
         getattr(read, 'keywords', {}),
     )

@@ -20,7 +20,7 @@ from ..core.storage import atomic_write, read_json, write_json
 from ..core.utils import resolve
 from .locks import folder_lock
 from .provenance import input_hashes
-from .recipe import Recipe, recipe_dict
+from .recipe import Recipe, recipe_dict, upgrade_recipe_dict
 from .results import legacy_recipe_dict
 from .run import train_run
 from udanb.runs.stamps import (
@@ -235,11 +235,12 @@ def update_input_paths(
         return
     checkpoint = Path(folder) / 'checkpoint.pt'
     state = _read_or_none(load_torch_file, checkpoint)
-    if state and _differs_only_in(fields, json.loads(state['recipe']), new):
+    if state and _differs_only_in(fields, upgrade_recipe_dict(json.loads(state['recipe'])), new):
         state = state | dict(recipe=json.dumps(new))
         atomic_write(checkpoint, lambda path: torch.save(state, path))
     file = Path(folder) / 'recipe.json'
-    if _differs_only_in(fields, _read_or_none(read_json, file), new):
+    stored = _read_or_none(read_json, file)
+    if stored and _differs_only_in(fields, upgrade_recipe_dict(stored), new):
         write_json(file, new)
 
 # %% ../../nbs/runs/09_pipeline.ipynb #64073adb
