@@ -1,5 +1,6 @@
 "Validation: faults, conversion as upstream does it, journals that survive a kill, copies that change no pixel"
 
+import ast
 import errno
 import json
 import os
@@ -16,6 +17,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -906,3 +908,17 @@ def test_earlier_hash_of_own_colours():
     spec = parse_dataset_spec('x', d | dict(classes=[dict(name='road', color=[1, 2, 3])]))
     opened = SimpleNamespace(spec=spec, labels=[(None, 0)])
     assert label_settings_hash(opened, 0) == 'f023db17'
+
+
+def test_notebook_takes_the_params_files_of_train_uda():
+    "Every key of params/my_pair.yaml is known to the notebook's check, which ignores training settings"
+    cells = [''.join(c['source']) for c in json.loads(PAGE.read_text())['cells']]
+    (source,) = [c for c in cells if 'check_papermill_parameters(\n' in c]
+    (call,) = [
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == 'check_papermill_parameters'
+    ]
+    known = eval(ast.unparse(call.args[1]))
+    params = yaml.safe_load((ROOT / 'params' / 'my_pair.yaml').read_text())
+    assert set(params) <= set(known)

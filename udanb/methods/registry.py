@@ -115,15 +115,13 @@ def _add_mmd(method, net, recipe, space, strong, **args):
     return mmd(method, net, **args)
 
 
-EXTENSIONS = (
-    dict(  # name -> function (method, net, recipe, space, strong, **settings) -> the method
-        mic=_add_mic,
-        dida=_add_dida,
-        cluda=_add_cluda,
-        soft=_add_soft,
-        paste=_add_paste,
-        mmd=_add_mmd,
-    )
+EXTENSIONS = dict(  # name -> function (method, net, recipe, space, strong, **settings)
+    mic=_add_mic,
+    dida=_add_dida,
+    cluda=_add_cluda,
+    soft=_add_soft,
+    paste=_add_paste,
+    mmd=_add_mmd,
 )
 
 # %% ../../nbs/methods/08_registry.ipynb #643a4bea
