@@ -81,13 +81,12 @@ def relative_path(
     return path.relative_to(folder.root).as_posix()
 
 
-_STORED_READERS = (
-    dict(  # reader -> its first name, which journals and resized copies were hashed with
-        read_label='read_ids',
-        read_last_channel='read_last',
-        read_color_label='read_colors',
-        read_polygon_label='read_polygons',
-    )
+# reader -> its first name, which journals and resized copies were hashed with
+_STORED_READERS = dict(
+    read_label='read_ids',
+    read_last_channel='read_last',
+    read_color_label='read_colors',
+    read_polygon_label='read_polygons',
 )
 
 
