@@ -32,4 +32,5 @@ check python tools/packages.py udanb nbs
 check python tools/nblint.py nbs
 check python tools/density.py --brief
 check python tools/docstrings.py
+check python tools/api.py --check
 exit $failed
