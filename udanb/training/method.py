@@ -19,7 +19,7 @@ from ..core.types import Sample
 
 # %% ../../nbs/training/06_method.ipynb #4cb43585
 def teacher_labels(
-    step: 'Step',  # with a teacher and a target batch
+    step,  # `Step` with a teacher and a target batch
 ) -> Sample:  # img, lbl = pseudo-labels (B,H,W), wgt = confidence weight (B,H,W)
     "The default labeller: the teacher's hard pseudo-labels and their weights"
     return step.teacher.label(step.tgt, step.teacher_output)
